@@ -1,0 +1,1 @@
+"""Reward models behind HTTP and a Redis stream."""

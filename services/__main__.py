@@ -1,0 +1,107 @@
+"""`python -m services serve|api|worker NAME`: run reward services.
+
+Only what the chosen role needs is imported, so that `serve` has its children loading at once.
+"""
+
+import argparse
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from services.processes import StartError, announce, bind, die_with_parent, start_logging
+
+EXIT_ERROR = 1
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; argparse prints usage and exits with 2 where it is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m services", description="Run reward services.")
+    roles = parser.add_subparsers(dest="role", required=True)
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--announce", action="store_true", help="print one JSON line on stdout when ready; log less")
+    common.add_argument("--log-file", type=Path, help="write the log there instead of to stderr")
+    common.add_argument("--verbose", action="store_true", help="log more, also with --announce")
+    common.add_argument("--redis-url", help="in place of REDIS_URL; it shows in the list of processes")
+    common.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+    address = argparse.ArgumentParser(add_help=False)
+    address.add_argument("--host", default="127.0.0.1")
+
+    serve = roles.add_parser("serve", parents=[common, address], help="API and worker of each reward, and a Redis")
+    serve.add_argument("names", nargs="+", metavar="NAME")
+    serve.add_argument("--port", type=int, default=8000, help="of the first API, the others follow; 0: free ones")
+    serve.add_argument("--until-stdin-closes", action="store_true", help="stop everything when stdin ends")
+    api = roles.add_parser("api", parents=[common, address], help="the HTTP side of one reward")
+    api.add_argument("name", metavar="NAME")
+    api.add_argument("--port", type=int, default=8000, help="0: a free one")
+    api.add_argument("--fd", type=int, help=argparse.SUPPRESS)
+    worker = roles.add_parser("worker", parents=[common], help="the scoring side of one reward")
+    worker.add_argument("name", metavar="NAME")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the chosen role to its end.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ValueError, RuntimeError: it cannot run; the message is one line with value, limit and remedy.
+    """
+    from services.rewards import check_names  # noqa: PLC0415 - see the module
+    from services.settings import load_settings  # noqa: PLC0415
+
+    start_logging(quiet=options.announce and not options.verbose, file=options.log_file)
+    check_names(options.names if options.role == "serve" else [options.name])
+    settings = load_settings()
+    redis_url = options.redis_url or settings.redis_url
+    if options.role == "serve":
+        from services.supervisor import ServeOptions, serve  # noqa: PLC0415
+
+        return serve(
+            ServeOptions(
+                names=options.names,
+                host=options.host,
+                port=options.port,
+                announces=options.announce,
+                until_stdin_closes=options.until_stdin_closes,
+                log_file=options.log_file,
+                redis_url=redis_url,
+                queue_bytes=settings.queue_bytes,
+            )
+        )
+    if redis_url is None:
+        raise StartError("REDIS_URL is not set: set it, or use `serve`, which starts a Redis of its own")
+    if options.role == "worker":
+        from services.roles.worker import run_worker  # noqa: PLC0415
+
+        return run_worker(options.name, redis_url, settings, announces=options.announce)
+    from services.roles.api import run_api  # noqa: PLC0415
+
+    listener = bind(options.host, options.port) if options.fd is None else socket.socket(fileno=options.fd)
+    with listener:
+        return run_api(options.name, listener, redis_url, settings, announces=options.announce)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, and turn an expected error into one line and an exit code."""
+    options = parse_arguments(arguments)
+    if options.parent is not None:
+        die_with_parent(options.parent)
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, RuntimeError) as error:
+        line = " ".join(str(error).split()) or type(error).__name__
+        if options.parent is not None:
+            announce({"error": line})
+        else:
+            print(f"error: {line}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

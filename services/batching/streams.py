@@ -1,0 +1,282 @@
+"""The queue's names, and its worker's side: take jobs under a lease, reply once, hand back.
+
+At least once, answered once: a job is delivered to a worker, taken over by another if the first falls silent for a
+lease, and replied to by whoever acknowledges it first. See `lua` for the atomic steps.
+"""
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import BusyLoadingError, ConnectionError, ResponseError, TimeoutError
+
+from services.batching import lua
+
+GROUP = "workers"
+CANCEL_AGAIN_S = 0.5
+KEY_TTL_MS = 3_600_000
+REPLY_TTL_MS = 600_000
+DEAD_TTL_MS = 7 * 24 * 3_600_000
+
+QUEUE_GONE = (ConnectionError, TimeoutError, BusyLoadingError, OSError)
+"""What is raised while Redis is away, and may pass."""
+
+
+def connect(url: str, *, timeout_s: float) -> "Redis":
+    """Create a client whose every command has a timeout and a single attempt; the callers decide what to repeat.
+
+    Args:
+        url: `redis://`, `rediss://` or `unix://`.
+        timeout_s: for one command, and to connect; longer than any blocking read.
+    """
+    return Redis.from_url(
+        url,
+        protocol=2,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        retry=Retry(NoBackoff(), 0),
+    )
+
+
+async def end(task: asyncio.Task[None]) -> None:
+    """Cancel a task until it is done: a cancellation that meets a Redis error can be lost in it."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=CANCEL_AGAIN_S)
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The names of one queue's keys; the braces keep them in one slot of a cluster."""
+
+    reward: str
+    version: str
+
+    @property
+    def prefix(self) -> str:
+        """What all keys of this reward and version begin with."""
+        return f"reward:{{{self.reward}:{self.version}}}"
+
+    @property
+    def jobs(self) -> str:
+        """Stream of jobs."""
+        return f"{self.prefix}:jobs"
+
+    @property
+    def dead(self) -> str:
+        """Stream of dead letters."""
+        return f"{self.prefix}:dead"
+
+    @property
+    def uploads(self) -> str:
+        """Sorted set of reservations whose jobs are not yet in the stream, by expiry in ms."""
+        return f"{self.prefix}:uploads"
+
+    @property
+    def load(self) -> str:
+        """Hash of the images and bytes that are reserved, wait, or are in work."""
+        return f"{self.prefix}:load"
+
+    @property
+    def alive(self) -> str:
+        """Exists while at least one warm worker lives."""
+        return f"{self.prefix}:alive"
+
+    def payload(self, uid: str) -> str:
+        """Pixels and prompts of a job, as safetensors."""
+        return f"{self.prefix}:payload:{uid}"
+
+    def replies(self, api: str) -> str:
+        """Stream of replies to one API process."""
+        return f"{self.prefix}:replies:{api}"
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A job in a worker's hands.
+
+    Attributes:
+        entry: id of the stream entry.
+        uid: name of the job.
+        images, size_bytes: what the job counts in the load.
+        reply: key of the stream to reply to.
+        submitted_ms, deadline_ms: by Redis's clock, since the epoch.
+        deliveries: how often it was delivered, this one included.
+    """
+
+    entry: bytes
+    uid: str
+    images: int
+    size_bytes: int
+    reply: str
+    submitted_ms: int
+    deadline_ms: int
+    deliveries: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a worker says about one job: its scores, or the error that took their place.
+
+    Attributes:
+        scores: finite, one for each image of the job, in order; empty with an error.
+        error: one line, or None.
+        expired: whether the error is a passed deadline.
+        queue_ms, score_ms: time spent waiting and in the forward pass.
+    """
+
+    scores: tuple[float, ...] = ()
+    error: str | None = None
+    expired: bool = False
+    queue_ms: float = 0.0
+    score_ms: float = 0.0
+
+    def to_fields(self, uid: str) -> list[str]:
+        """The reply to job `uid` as the fields of a stream entry; its JSON holds no NaN."""
+        body = {
+            "scores": self.scores,
+            "error": self.error,
+            "expired": self.expired,
+            "queue_ms": self.queue_ms,
+            "score_ms": self.score_ms,
+        }
+        return ["uid", uid, "body", json.dumps(body, allow_nan=False)]
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[bytes, bytes]) -> tuple[str, "Reply"]:
+        """The inverse of `to_fields`: the job's uid and its reply."""
+        body = json.loads(fields[b"body"])
+        return fields[b"uid"].decode(), cls(**{**body, "scores": tuple(body["scores"])})
+
+
+class WorkQueue:
+    """A worker's view of the queue of one reward and version."""
+
+    def __init__(self, redis: "Redis", keys: Keys, *, consumer: str, lease_ms: int) -> None:
+        """Bind the queue.
+
+        Args:
+            redis: a client of `connect`.
+            keys: which queue.
+            consumer: a name that no other worker has, now or later.
+            lease_ms: silence after which others may take this worker's jobs.
+        """
+        self._redis = redis
+        self._keys = keys
+        self._consumer = consumer
+        self._lease_ms = lease_ms
+        self._finish = redis.register_script(lua.FINISH)
+        self._renew = redis.register_script(lua.RENEW)
+        self._take_over = redis.register_script(lua.TAKE_OVER)
+        self._hand_back = redis.register_script(lua.HAND_BACK)
+        self._reconcile = redis.register_script(lua.RECONCILE)
+
+    async def ensure_group(self) -> None:
+        """Create stream and group where missing; from 0, so that no earlier job is passed over."""
+        try:
+            await self._redis.xgroup_create(self._keys.jobs, GROUP, id="0", mkstream=True)
+        except ResponseError as error:
+            if not str(error).startswith("BUSYGROUP"):
+                raise
+
+    async def read(self, count: int, *, block_ms: int | None) -> list[Delivery]:
+        """Take up to `count` new jobs.
+
+        Args:
+            count: how many entries at most.
+            block_ms: how long to wait for the first, at least 1; Redis ends a wait up to 100 ms late, so that short
+                waits are better slept here. None does not wait.
+        """
+        answer: Any = await self._redis.xreadgroup(
+            GROUP, self._consumer, {self._keys.jobs: ">"}, count=count, block=block_ms
+        )
+        return [_delivery(entry, fields, 1) for _, entries in answer or () for entry, fields in entries if fields]
+
+    async def take_over(self, count: int) -> list[Delivery]:
+        """Claim up to `count` jobs whose lease ran out."""
+        answer = await self._take_over(keys=[self._keys.jobs], args=[GROUP, self._consumer, self._lease_ms, count])
+        return [
+            _delivery(entry, dict(zip(flat[::2], flat[1::2], strict=True)), int(deliveries))
+            for entry, deliveries, flat in answer
+        ]
+
+    async def load(self, deliveries: Sequence[Delivery]) -> tuple[int, list[bytes | None]]:
+        """Fetch Redis's time in ms and the payload of each job; None where it is gone (deadline passed)."""
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.time()
+        for delivery in deliveries:
+            pipe.get(self._keys.payload(delivery.uid))
+        (seconds, micros), *payloads = await pipe.execute()
+        return seconds * 1000 + micros // 1000, payloads
+
+    async def renew(self, deliveries: Sequence[Delivery]) -> int:
+        """Renew the lease of those jobs that are still ours; return how many."""
+        if not deliveries:
+            return 0
+        entries = [delivery.entry for delivery in deliveries]
+        return int(await self._renew(keys=[self._keys.jobs], args=[GROUP, self._consumer, *entries]))
+
+    async def reply(self, delivery: Delivery, reply: Reply) -> bool:
+        """Reply to a job and remove it; False if another already did, in which case nothing happens."""
+        return await self._settle(delivery, reply, dead=[])
+
+    async def bury(self, delivery: Delivery, reason: str) -> bool:
+        """Move a job to the dead letters and tell its caller; False if another already settled it."""
+        dead = {
+            "uid": delivery.uid,
+            "reason": reason,
+            "images": delivery.images,
+            "deliveries": delivery.deliveries,
+            "submitted": delivery.submitted_ms,
+        }
+        fields = [str(part) for pair in dead.items() for part in pair]
+        return await self._settle(delivery, Reply(error=reason), dead=fields)
+
+    async def keep_alive(self) -> None:
+        """Say that a warm worker lives, for one lease."""
+        await self._redis.set(self._keys.alive, self._consumer, px=self._lease_ms)
+
+    async def reconcile(self) -> None:
+        """Count the load anew, should it ever have drifted."""
+        keys = [self._keys.jobs, self._keys.uploads, self._keys.load]
+        await self._reconcile(keys=keys, args=[KEY_TTL_MS])
+
+    async def hand_back(self) -> None:
+        """Give back all jobs in hand, for others to take at once, and leave the group."""
+        await self._hand_back(keys=[self._keys.jobs], args=[GROUP, self._consumer, self._lease_ms])
+
+    async def _settle(self, delivery: Delivery, reply: Reply, dead: list[str]) -> bool:
+        keys = self._keys
+        settled: Any = await self._finish(
+            keys=[keys.jobs, keys.load, keys.payload(delivery.uid), delivery.reply, keys.dead],
+            args=[
+                GROUP,
+                delivery.entry,
+                delivery.images,
+                delivery.size_bytes,
+                REPLY_TTL_MS,
+                DEAD_TTL_MS,
+                len(dead),
+                *dead,
+                *reply.to_fields(delivery.uid),
+            ],
+        )
+        return bool(settled)
+
+
+def _delivery(entry: bytes, fields: Mapping[bytes, bytes], deliveries: int) -> Delivery:
+    return Delivery(
+        entry=entry,
+        uid=fields[b"uid"].decode(),
+        images=int(fields[b"images"]),
+        size_bytes=int(fields[b"bytes"]),
+        reply=fields[b"reply"].decode(),
+        submitted_ms=int(fields[b"submitted"]),
+        deadline_ms=int(fields[b"deadline"]),
+        deliveries=deliveries,
+    )

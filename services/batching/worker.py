@@ -1,0 +1,276 @@
+"""The worker: take jobs, score them in batches across requests, reply to each once.
+
+Shape suffixes: B images of a batch, H height and W width in pixels, C = 3 channels (RGB).
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from redis.exceptions import RedisError, ResponseError
+
+from services.batching.batcher import Batcher
+from services.batching.streams import QUEUE_GONE, Delivery, Reply, WorkQueue, end
+from services.images import Batch, BodyError, decode_batch
+from services.protocol import Limits
+from services.rewards.base import Reward
+
+logger = logging.getLogger(__name__)
+
+IDLE_BLOCK_MS = 250
+"""How long an idle worker waits for a job before it looks whether it shall stop or take over."""
+STRAGGLER_POLL_S = 0.001
+"""How often a worker with an unfinished batch looks for more."""
+TAKE_OVER_JOBS = 4
+RECONCILE_BEATS = 10
+"""Beats (a third of a lease each) between two counts of the load."""
+ANY_SIZE = Limits(max_images=2**31, max_body_bytes=2**62, max_pixels=2**62, max_prompt_chars=2**31)
+"""The API has checked its requests; a worker that checked with other settings would contradict it."""
+
+
+class QueueGone(RuntimeError):
+    """Redis stayed away for longer than the worker's patience."""
+
+
+class ScorerHung(RuntimeError):
+    """A forward pass exceeded its time limit; the process must end, since its thread cannot be stopped."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLimits:
+    """How a worker works.
+
+    Attributes:
+        max_batch: images in one forward pass.
+        max_wait_s: seconds that the first job of a batch waits for others.
+        job_images: most images that a job may be expected to have.
+        lease_s: seconds of silence after which others take over.
+        max_deliveries: deliveries without a reply that make a dead letter.
+        score_timeout_s: longest forward pass, in seconds.
+        patience_s: seconds that the worker outlives a Redis that is gone.
+    """
+
+    max_batch: int = 64
+    max_wait_s: float = 0.003
+    job_images: int = 16
+    lease_s: float = 15.0
+    max_deliveries: int = 3
+    score_timeout_s: float = 120.0
+    patience_s: float = 60.0
+
+
+@dataclass(slots=True)
+class _Work:
+    """A delivered job with its images, and what became of it."""
+
+    delivery: Delivery
+    batch: Batch
+    queue_ms: float
+    reply: Reply | None = field(default=None)
+
+
+class Worker:
+    """Scores the jobs of one queue with one reward until told to stop."""
+
+    def __init__(self, queue: WorkQueue, reward: Reward, limits: WorkerLimits) -> None:
+        """Bind queue and reward; the reward is warmed up by `warmup`."""
+        self._queue = queue
+        self._reward = reward
+        self._limits = limits
+        self._batcher: Batcher[Delivery] = Batcher(max_batch=limits.max_batch, max_wait_s=limits.max_wait_s)
+        self._held: dict[bytes, Delivery] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
+        self._took_over_s = -math.inf
+        self._hung = False
+
+    async def warmup(self) -> None:
+        """Load the reward, on the thread that will score."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._reward.warmup)
+
+    async def run(self, stop: asyncio.Event, *, on_ready: Callable[[], None] = lambda: None) -> None:
+        """Work until `stop` is set; then finish the batch in hand and give back the rest.
+
+        Args:
+            stop: set by the caller.
+            on_ready: called once, when the queue is reached and the worker counts as alive.
+
+        Raises:
+            QueueGone: Redis stayed away too long.
+            ScorerHung: a forward pass exceeded its limit; the caller must end the process at once.
+        """
+        beat: asyncio.Task[None] | None = None
+        away_since_s: float | None = None
+        try:
+            while not stop.is_set():
+                try:
+                    if beat is None:
+                        await self._queue.ensure_group()
+                        await self._queue.keep_alive()
+                        beat = asyncio.create_task(self._beat())
+                        on_ready()
+                    await self._serve(await self._next_batch(stop))
+                    away_since_s = None
+                except (*QUEUE_GONE, ResponseError) as error:
+                    now_s = time.monotonic()
+                    away_since_s = now_s if away_since_s is None else away_since_s
+                    await self._endure(error, now_s - away_since_s)
+        finally:
+            if beat is not None:
+                await end(beat)
+            if not self._hung:
+                with contextlib.suppress(RedisError, OSError):
+                    await self._queue.hand_back()
+                self._thread.shutdown()
+
+    async def _endure(self, error: Exception, away_s: float) -> None:
+        """Wait a moment for Redis to come back, with its data or without."""
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if away_s > self._limits.patience_s:
+            raise QueueGone(f"Redis is away for {away_s:.0f} s, limit {self._limits.patience_s:.0f} s: {line}")
+        logger.warning("the queue cannot be served: %s", line)
+        self._batcher.clear()
+        self._held.clear()
+        await asyncio.sleep(min(1.0, 0.05 + away_s / 4))
+        with contextlib.suppress(RedisError, OSError):
+            await self._queue.ensure_group()
+
+    async def _beat(self) -> None:
+        """Three times a lease: say that we live, and renew the lease of what we hold."""
+        beats = 0
+        while True:
+            try:
+                await self._queue.keep_alive()
+                await self._queue.renew(list(self._held.values()))
+                if beats % RECONCILE_BEATS == 0:
+                    await self._queue.reconcile()
+                beats += 1
+            except (RedisError, OSError) as error:
+                logger.warning("the lease cannot be renewed: %s", error)
+            await asyncio.sleep(self._limits.lease_s / 3)
+
+    async def _next_batch(self, stop: asyncio.Event) -> list[Delivery]:
+        """Wait for a batch; empty if told to stop."""
+        while not stop.is_set():
+            now_s = time.monotonic()
+            if batch := self._batcher.pop(now_s):
+                return batch
+            if now_s - self._took_over_s >= self._limits.lease_s / 2:
+                self._took_over_s = now_s
+                await self._take_over()
+                continue
+            due_s = self._batcher.due_s()
+            count = max(1, self._batcher.room // self._limits.job_images)
+            deliveries = await self._queue.read(count, block_ms=IDLE_BLOCK_MS if due_s is None else None)
+            for delivery in deliveries:
+                self._hold(delivery, alone=False)
+            if due_s is not None and not deliveries:
+                await asyncio.sleep(max(0.0, min(STRAGGLER_POLL_S, due_s - time.monotonic())))
+        return []
+
+    async def _take_over(self) -> None:
+        """Take jobs whose worker fell silent; each is scored alone, since it may be what silenced it."""
+        await self._queue.renew(list(self._held.values()))  # never from ourselves, however late the beat
+        for delivery in await self._queue.take_over(TAKE_OVER_JOBS):
+            logger.warning("job %s taken over, delivery %d", delivery.uid, delivery.deliveries)
+            if delivery.deliveries > self._limits.max_deliveries:
+                reason = f"given up after {self._limits.max_deliveries} deliveries to workers that did not reply"
+                await self._queue.bury(delivery, reason)
+            else:
+                self._hold(delivery, alone=delivery.deliveries > 1)
+
+    def _hold(self, delivery: Delivery, *, alone: bool) -> None:
+        self._held[delivery.entry] = delivery
+        self._batcher.add(delivery, delivery.images, time.monotonic(), alone=alone)
+
+    async def _serve(self, deliveries: Sequence[Delivery]) -> None:
+        """Score a batch of jobs and reply to each."""
+        if not deliveries:
+            return
+        try:
+            now_ms, payloads = await self._queue.load(deliveries)
+            works = []
+            for delivery, payload in zip(deliveries, payloads, strict=True):
+                queue_ms = float(max(0, now_ms - delivery.submitted_ms))
+                if payload is None or now_ms >= delivery.deadline_ms:
+                    late = f"the deadline passed after {queue_ms:.0f} ms in the queue: allow more time"
+                    await self._queue.reply(delivery, Reply(error=late, expired=True, queue_ms=queue_ms))
+                    continue
+                try:
+                    works.append(_Work(delivery, decode_batch(payload, ANY_SIZE), queue_ms))
+                except BodyError as error:
+                    await self._queue.reply(delivery, Reply(error=f"the job is damaged: {error}", queue_ms=queue_ms))
+            for group in _group_by_shape(works):
+                await self._score(group)
+            for work in works:
+                assert work.reply is not None
+                if not await self._queue.reply(work.delivery, work.reply):
+                    logger.warning("reply to job %s dropped: another worker was first", work.delivery.uid)
+        finally:
+            for delivery in deliveries:
+                self._held.pop(delivery.entry, None)
+
+    async def _score(self, works: Sequence[_Work]) -> None:
+        """Score jobs of one shape together; should that fail, each alone, so that only the culprit fails."""
+        images_BHWC = np.concatenate([np.stack(work.batch.images_HWC) for work in works])
+        prompts = [prompt for work in works for prompt in work.batch.prompts or ()] or None
+        started_s = time.perf_counter()
+        try:
+            scores_B = await self._forward(images_BHWC, prompts)
+        except (ScorerHung, MemoryError):
+            raise
+        except Exception as error:
+            if len(works) > 1:
+                for work in works:
+                    await self._score([work])
+                return
+            logger.exception("job %s cannot be scored", works[0].delivery.uid)
+            line = str(error).splitlines()[0][:200] if str(error) else "no message"
+            works[0].reply = Reply(error=f"the reward failed: {type(error).__name__}: {line}")
+            return
+        score_ms = 1000 * (time.perf_counter() - started_s)
+        start = 0
+        for work in works:
+            stop = start + len(work.batch.images_HWC)
+            work.reply = _reply(scores_B[start:stop], work.queue_ms, score_ms)
+            start = stop
+
+    async def _forward(self, images_BHWC: NDArray[np.uint8], prompts: Sequence[str] | None) -> NDArray[np.float64]:
+        """Run the reward on its thread, for at most `score_timeout_s`; check the count of its scores."""
+        loop = asyncio.get_running_loop()
+        future = loop.run_in_executor(self._thread, self._reward.score, images_BHWC, prompts)
+        done, _ = await asyncio.wait([future], timeout=self._limits.score_timeout_s)
+        if not done:
+            self._hung = True
+            raise ScorerHung(
+                f"reward {self._reward.name} took longer than {self._limits.score_timeout_s:g} s "
+                f"for {len(images_BHWC)} images"
+            )
+        scores_B = np.asarray(future.result(), dtype=np.float64)
+        if scores_B.shape != (len(images_BHWC),):
+            raise ValueError(f"scores have shape {scores_B.shape}, expected ({len(images_BHWC)},)")
+        return scores_B
+
+
+def _reply(scores_B: NDArray[np.float64], queue_ms: float, score_ms: float) -> Reply:
+    """The reply to one job; a score that is no finite number makes it an error."""
+    bad = np.flatnonzero(~np.isfinite(scores_B))
+    if bad.size:
+        error = f"the reward gave {scores_B[bad[0]]} for {bad.size} of {scores_B.size} images: no finite number"
+        return Reply(error=error, queue_ms=queue_ms, score_ms=score_ms)
+    return Reply(scores=tuple(scores_B.tolist()), queue_ms=queue_ms, score_ms=score_ms)
+
+
+def _group_by_shape(works: Sequence[_Work]) -> list[list[_Work]]:
+    """Gather jobs that one forward pass can take: images of one size, all with prompts or none."""
+    groups: dict[tuple[tuple[int, ...], bool], list[_Work]] = {}
+    for work in works:
+        key = (work.batch.images_HWC[0].shape, work.batch.prompts is None)
+        groups.setdefault(key, []).append(work)
+    return list(groups.values())

@@ -1,0 +1,97 @@
+"""The API process: one reward over HTTP."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator
+from types import FrameType
+
+import uvicorn
+
+from services.app import create_app
+from services.batching.streams import Keys, connect
+from services.batching.submit import SubmitQueue
+from services.processes import EXIT_INTERRUPTED, StartError, announce, url_of
+from services.rewards import create_reward
+from services.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+API_GRACE_S = 30
+"""How long a stopping API waits for the requests in hand."""
+STARTED_POLL_S = 0.005
+
+
+def run_api(name: str, listener: socket.socket, redis_url: str, settings: Settings, *, announces: bool) -> int:
+    """Serve one reward over HTTP until a signal comes.
+
+    Args:
+        name: the reward, as `services.rewards.create_reward` knows it.
+        listener: a listening socket.
+        redis_url: where the queue lives.
+        settings: limits, token, deadlines.
+        announces: whether to print the address as JSON on stdout once requests are taken.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        services.rewards.UnknownReward: there is no such reward.
+        StartError: the application does not start.
+    """
+    reward = create_reward(name)
+
+    @contextlib.asynccontextmanager
+    async def open_queue() -> AsyncIterator[SubmitQueue]:
+        redis = connect(redis_url, timeout_s=settings.redis_timeout_s)
+        keys = Keys(reward.name, reward.version)
+        bounds = {"queue_images": settings.queue_images, "queue_bytes": settings.queue_bytes}
+        try:
+            async with SubmitQueue(redis, keys, **bounds) as queue:
+                yield queue
+        finally:
+            await redis.aclose()
+
+    app = create_app(reward, settings, open_queue)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        ws="none",
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=API_GRACE_S,
+    )
+
+    class Server(uvicorn.Server):
+        """A server whose readiness ends with the first signal."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if service := getattr(app.state, "service", None):
+                service.draining = True
+            super().handle_exit(sig, frame)
+
+    received: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises what it received again, when it has finished
+        signal.signal(number, lambda sig, _: received.append(sig))
+    asyncio.run(_run_server(Server(config), listener, received, name if announces else None))
+    return EXIT_INTERRUPTED if signal.SIGINT in received else 0
+
+
+async def _run_server(
+    server: uvicorn.Server, listener: socket.socket, received: list[int], announced_name: str | None
+) -> None:
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started and not serving.done():
+        server.should_exit = server.should_exit or bool(received)
+        await asyncio.sleep(STARTED_POLL_S)
+    if server.started:
+        logger.info("listening on %s", url_of(listener))
+        if announced_name is not None:
+            announce({"rewards": {announced_name: url_of(listener)}})
+    await serving
+    if not server.started and not received:
+        raise StartError("the application did not start: see the log")

@@ -1,0 +1,75 @@
+"""The worker process: scores the jobs of one reward."""
+
+import asyncio
+import logging
+import os
+import signal
+import uuid
+
+from services.batching.streams import Keys, WorkQueue, connect
+from services.batching.worker import QueueGone, ScorerHung, Worker, WorkerLimits
+from services.processes import EXIT_INTERRUPTED, StartError, announce, stop_on_signals
+from services.rewards import create_reward
+from services.rewards.base import Reward
+from services.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+EXIT_HUNG = 70
+
+
+def run_worker(name: str, redis_url: str, settings: Settings, *, announces: bool) -> int:
+    """Score the jobs of one reward until a signal comes.
+
+    Args:
+        name: the reward, as `services.rewards.create_reward` knows it.
+        redis_url: where the queue lives.
+        settings: batch, lease, timeouts.
+        announces: whether to print a JSON line on stdout once jobs are taken.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        services.rewards.UnknownReward: there is no such reward.
+        StartError: Redis stayed away.
+    """
+    return asyncio.run(_work(create_reward(name), name, redis_url, settings, announces=announces))
+
+
+async def _work(reward: Reward, name: str, redis_url: str, settings: Settings, *, announces: bool) -> int:
+    stop = asyncio.Event()
+    received = stop_on_signals(stop, (signal.SIGTERM, signal.SIGINT))
+    redis = connect(redis_url, timeout_s=settings.redis_timeout_s)
+    queue = WorkQueue(redis, Keys(reward.name, reward.version), consumer=uuid.uuid4().hex, lease_ms=settings.lease_ms)
+    worker = Worker(
+        queue,
+        reward,
+        WorkerLimits(
+            max_batch=settings.max_batch,
+            max_wait_s=settings.max_wait_ms / 1000,
+            job_images=settings.job_images,
+            lease_s=settings.lease_ms / 1000,
+            max_deliveries=settings.max_deliveries,
+            score_timeout_s=settings.score_timeout_s,
+            patience_s=settings.redis_patience_s,
+        ),
+    )
+
+    def on_ready() -> None:
+        logger.info("worker for %s %s takes jobs", reward.name, reward.version)
+        if announces:
+            announce({"worker": name})
+
+    try:
+        await worker.warmup()
+        await worker.run(stop, on_ready=on_ready)
+    except ScorerHung as error:
+        logger.error("%s: the worker ends; others take over its jobs", error)
+        logging.shutdown()
+        os._exit(EXIT_HUNG)
+    except QueueGone as error:
+        raise StartError(f"{error}: check that Redis runs and REDIS_URL names it") from error
+    finally:
+        await redis.aclose()
+    return EXIT_INTERRUPTED if signal.SIGINT in received else 0

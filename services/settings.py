@@ -1,0 +1,89 @@
+"""Settings of the services: the one place here that reads the environment.
+
+Every variable begins with `REWARD_`, but for `REDIS_URL`, which others share.
+"""
+
+from typing import Self
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from services.protocol import Limits
+
+
+class SettingsError(ValueError):
+    """A setting is missing or out of range."""
+
+
+class Settings(BaseSettings):
+    """What a service may be told; the defaults suit one machine."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="REWARD_", env_ignore_empty=True, frozen=True, populate_by_name=True, extra="ignore"
+    )
+
+    redis_url: str | None = Field(
+        default=None,
+        validation_alias=AliasChoices("redis_url", "REDIS_URL"),
+        pattern=r"^(redis|rediss|unix)://",
+        description="Redis 6.2 or newer, or Valkey; with user, password and TLS by URL",
+    )
+    redis_timeout_s: float = Field(default=10, ge=2, description="for one command, and to connect")
+    redis_patience_s: float = Field(default=60, gt=0, description="how long a worker outlives a Redis that is gone")
+    token: SecretStr | None = Field(default=None, min_length=1, description="bearer token that requests must carry")
+
+    max_images: int = Field(default=256, ge=1, description="images in one request")
+    max_body_bytes: int = Field(default=64 * 2**20, ge=1024, description="bytes of a body, packed or decoded")
+    max_pixels: int = Field(default=2048 * 2048, ge=1, description="width times height of one image")
+    max_prompt_chars: int = Field(default=1000, ge=1, description="characters of one prompt")
+    max_deadline_s: float = Field(default=600, gt=0, description="longest deadline that a request may ask for")
+    default_deadline_s: float = Field(default=60, gt=0, description="deadline of a request that names none")
+
+    job_images: int = Field(default=16, ge=1, description="images in one job")
+    job_bytes: int = Field(default=4 * 2**20, ge=1, description="bytes of pixels in one job of several images")
+    queue_images: int = Field(default=2048, ge=1, description="images that may wait or be in work; beyond it 429")
+    queue_bytes: int = Field(default=512 * 2**20, ge=1, description="likewise in bytes of pixels")
+    retry_after_s: int = Field(default=1, ge=1, description="Retry-After of a full queue")
+
+    max_batch: int = Field(default=64, ge=1, description="images in one forward pass")
+    max_wait_ms: float = Field(default=3, ge=0, description="how long the first job of a batch waits for others")
+    lease_ms: int = Field(default=15_000, ge=100, description="silence after which a worker's jobs are taken over")
+    max_deliveries: int = Field(default=3, ge=1, description="deliveries without a reply that make a dead letter")
+    score_timeout_s: float = Field(default=120, gt=0, description="longest forward pass; then the worker ends itself")
+
+    @property
+    def limits(self) -> Limits:
+        """The limits of one request, as `/info` tells them."""
+        return Limits(
+            max_images=self.max_images,
+            max_body_bytes=self.max_body_bytes,
+            max_pixels=self.max_pixels,
+            max_prompt_chars=self.max_prompt_chars,
+        )
+
+    @model_validator(mode="after")
+    def _request_fits_queue(self) -> Self:
+        """A request beyond the queue's bound would be refused for ever."""
+        if self.max_images > self.queue_images:
+            raise ValueError(f"max_images {self.max_images} exceeds queue_images {self.queue_images}")
+        if self.max_body_bytes > self.queue_bytes:
+            raise ValueError(f"max_body_bytes {self.max_body_bytes} exceeds queue_bytes {self.queue_bytes}")
+        return self
+
+
+def load_settings() -> Settings:
+    """Read the settings from the environment.
+
+    Returns:
+        The validated settings.
+
+    Raises:
+        SettingsError: a variable is out of range; the message names the first one in one line.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = str(first["loc"][0]) if first["loc"] else ""
+        name = field if field.isupper() else f"REWARD_{field}".upper().rstrip("_")
+        raise SettingsError(f"{name}: {first['msg']}") from None

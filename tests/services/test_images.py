@@ -1,0 +1,213 @@
+"""Bodies: what goes in comes out, and what is no picture is refused by its index."""
+
+import base64
+import io
+import json
+import struct
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_numpy
+from PIL import Image
+
+from services.images import (
+    Batch,
+    BodyError,
+    BodyMalformed,
+    BodyTooLarge,
+    ItemInvalid,
+    decode_batch,
+    decode_json,
+    encode_batch,
+    encode_json,
+    encode_png,
+)
+from services.protocol import Limits
+from tests.services.conftest import random_images
+
+LIMITS = Limits(max_images=8, max_body_bytes=100_000, max_pixels=64 * 64, max_prompt_chars=50)
+
+SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.just(3))
+IMAGES = SHAPES.flatmap(lambda shape: st_numpy.arrays(np.uint8, shape))
+
+
+def as_array(batch: Batch) -> np.ndarray:
+    """The images of a batch as one array."""
+    return np.stack(list(batch.images_HWC))
+
+
+def json_body(*files: bytes, prompts: object = None) -> bytes:
+    """A JSON body of files."""
+    body = {"images": [base64.b64encode(file).decode() for file in files]}
+    return json.dumps(body if prompts is None else {**body, "prompts": prompts}).encode()
+
+
+def picture(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    """A picture as the bytes of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+@settings(deadline=None)
+@given(images_BHWC=IMAGES, data=st.data())
+def test_safetensors_and_json_bodies_round_trip(images_BHWC: np.ndarray, data: st.DataObject) -> None:
+    """Pixels and prompts survive both encodings to the last bit."""
+    count = len(images_BHWC)
+    prompts = data.draw(st.none() | st.lists(st.text(max_size=20), min_size=count, max_size=count))
+    for encode, decode in ((encode_batch, decode_batch), (encode_json, decode_json)):
+        batch = decode(encode(images_BHWC, prompts), LIMITS)
+        assert np.array_equal(as_array(batch), images_BHWC)
+        assert batch.prompts == prompts
+
+
+def test_the_safetensors_library_reads_what_we_write_and_we_read_what_it_writes() -> None:
+    """The fast path is the published format."""
+    images_BHWC = random_images(3, 5, 7, 3)
+    assert np.array_equal(safetensors.numpy.load(encode_batch(images_BHWC, ["a", "b", "ü"]))["images"], images_BHWC)
+    batch = decode_batch(safetensors.numpy.save({"images": images_BHWC}, {"prompts": '["a","b","ü"]'}), LIMITS)
+    assert np.array_equal(as_array(batch), images_BHWC)
+    assert batch.prompts == ["a", "b", "ü"]
+
+
+def test_a_strided_array_is_written_in_its_own_order() -> None:
+    """A view is encoded by its values, not by its memory."""
+    images_BHWC = random_images(4, 6, 6, 3)[::2, ::-1, 1:]
+    assert np.array_equal(as_array(decode_batch(encode_batch(images_BHWC), LIMITS)), images_BHWC)
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_a_mutated_body_is_refused_or_read_but_never_crashes(data: st.DataObject) -> None:
+    """Whatever the bytes, the only error is a `BodyError`."""
+    whole = bytearray(data.draw(st.sampled_from([encode_batch(random_images(2, 4, 4, 3), ["a", "b"]), BODY])))
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    body = whole[: data.draw(st.integers(0, len(whole)))] if data.draw(st.booleans()) else whole
+    for decode in (decode_batch, decode_json):
+        try:
+            batch = decode(body, LIMITS)
+        except BodyError:
+            continue
+        assert all(image.dtype == np.uint8 and image.ndim == 3 for image in batch.images_HWC)
+
+
+BODY = json_body(picture(Image.new("RGB", (4, 4))), picture(Image.new("RGB", (4, 4)), "JPEG"), prompts=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "words"),
+    [
+        (b"", BodyMalformed, "0 bytes"),
+        (struct.pack("<Q", 2**60) + b"{}", BodyMalformed, "header claims"),
+        (encode_batch(random_images(2, 4, 4, 3))[:-1], BodyMalformed, "truncated"),
+        (encode_batch(random_images(2, 4, 4, 3)) + b"x", BodyMalformed, "padded"),
+        (safetensors.numpy.save({"images": np.zeros((2, 4, 4, 3), np.float32)}), BodyMalformed, "expected U8"),
+        (safetensors.numpy.save({"images": np.zeros((4, 4, 3), np.uint8)}), BodyMalformed, "expected U8"),
+        (safetensors.numpy.save({"other": np.zeros((1, 4, 4, 3), np.uint8)}), BodyMalformed, "named 'images'"),
+        (
+            safetensors.numpy.save({"images": np.zeros((1, 4, 4, 3), np.uint8)}, {"prompts": "[1]"}),
+            BodyMalformed,
+            "prompts",
+        ),
+        (encode_batch(random_images(9, 4, 4, 3)), BodyTooLarge, "9 images in one request, limit 8"),
+        (encode_batch(random_images(1, 65, 64, 3)), BodyTooLarge, "65×64"),
+        (encode_batch(random_images(2, 4, 4, 3), ["a", "b" * 51]), ItemInvalid, "prompt 1 has 51 characters, limit 50"),
+    ],
+)
+def test_a_bad_safetensors_body_is_refused_in_words(body: bytes, error: type[BodyError], words: str) -> None:
+    """The message says the value and the limit."""
+    with pytest.raises(error, match=words):
+        decode_batch(body, LIMITS)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        pytest.param(picture(Image.new("RGB", (32, 32), "red"))[:-30], id="truncated PNG"),
+        pytest.param(picture(Image.effect_noise((32, 32), 50), "JPEG")[:-200], id="truncated JPEG"),
+        pytest.param(b"no picture", id="text"),
+        pytest.param(b"", id="empty"),
+        pytest.param(picture(Image.new("RGB", (4, 4)), "BMP"), id="a format not on the list"),
+        pytest.param(picture(Image.new("1", (65, 64))), id="too many pixels"),
+        pytest.param(picture(Image.new("1", (20_000, 20_000))), id="decompression bomb"),
+        pytest.param(
+            picture(Image.new("RGB", (4, 4)), "WEBP", save_all=True, append_images=[Image.new("RGB", (4, 4), "red")]),
+            id="animation",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_its_index(bad: bytes) -> None:
+    """Of three images the second is bad: the error names index 1."""
+    good = picture(Image.new("RGB", (4, 4)))
+    with pytest.raises(ItemInvalid) as caught:
+        decode_json(json_body(good, bad, good), LIMITS)
+    assert caught.value.index == 1
+    assert "image 1" in str(caught.value)
+
+
+def test_base64_is_checked() -> None:
+    """Characters outside the alphabet are refused, not skipped."""
+    with pytest.raises(ItemInvalid, match="image 0 is not base64"):
+        decode_json(b'{"images": ["@@@@"]}', LIMITS)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{", b'{"images": []}', b'{"images": [1]}', b'{"images": ["AA=="], "more": 1}', b"\xff"]
+)
+def test_malformed_json_is_refused(body: bytes) -> None:
+    """It must be the object that the contract describes."""
+    with pytest.raises(BodyMalformed):
+        decode_json(body, LIMITS)
+
+
+def test_the_decoded_pixels_count_against_the_limit_of_bytes() -> None:
+    """Eight small files of 12 288 bytes of pixels each are fine by their files and too large decoded."""
+    limits = LIMITS.model_copy(update={"max_body_bytes": 50_000})
+    files = [picture(Image.new("RGB", (64, 64)))] * 8
+    with pytest.raises(BodyTooLarge, match="50000"):
+        decode_json(json_body(*files), limits)
+
+
+def test_other_kinds_of_pictures_become_rgb() -> None:
+    """Grey is repeated, transparency laid over white, 16 bits cut to 8, EXIF rotation applied."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90° to view
+    files = [
+        picture(Image.new("L", (2, 1), 100)),
+        picture(Image.new("RGBA", (2, 1), (255, 0, 0, 0))),
+        picture(Image.fromarray(np.full((1, 2), 0x8081, np.uint16))),
+        picture(Image.new("CMYK", (2, 1), (0, 0, 0, 0)), "JPEG"),
+        picture(Image.new("RGB", (2, 1), (1, 2, 3)), exif=exif),
+        picture(Image.new("P", (2, 1), 0)),
+    ]
+    images = decode_json(json_body(*files), LIMITS).images_HWC
+    expected = [(100,) * 3, (255,) * 3, (0x80,) * 3, (255,) * 3, (1, 2, 3), (0, 0, 0)]
+    assert [tuple(image[0, 0].tolist()) for image in images] == expected
+    assert [image.shape for image in images] == [(1, 2, 3)] * 4 + [(2, 1, 3), (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("images", "prompts", "words"),
+    [
+        (np.zeros((1, 2, 2, 3)), None, "float64, expected uint8"),
+        (np.zeros((2, 2, 3), np.uint8), None, r"shape \(2, 2, 3\)"),
+        (np.zeros((0, 2, 2, 3), np.uint8), None, "no side of 0"),
+        (np.zeros((1, 2, 2, 3), np.uint8), ["a", "b"], "2 prompts for 1 images"),
+        (np.zeros((1, 2, 2, 3), np.uint8), "a", "sequence of strings"),
+    ],
+)
+def test_the_encoders_refuse_what_is_no_batch(images: np.ndarray, prompts: list[str] | None, words: str) -> None:
+    """The caller learns of it before anything is sent."""
+    for encode in (encode_batch, encode_json):
+        with pytest.raises(ValueError, match=words):
+            encode(images, prompts)
+
+
+def test_png_is_lossless() -> None:
+    """Noise, the hardest picture, comes back to the last bit."""
+    image_HWC = random_images(7, 5, 3)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_png(image_HWC)))), image_HWC)

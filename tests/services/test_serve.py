@@ -1,0 +1,227 @@
+"""The commands, as processes: through the whole path, and gone without a trace."""
+
+import asyncio
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from redis import Redis
+
+from services.batching.streams import GROUP, Keys
+from services.client import RewardClient, RewardRefused, ScoreResult
+from services.images import encode_batch
+from services.protocol import MEDIA_SAFETENSORS
+from services.redis_server import DIRECTORY_PREFIX, LOCK_NAME, RedisMissing, RedisServer, find_redis
+from services.rewards.brightness import Brightness
+from tests.services.conftest import Process, descendants, is_alive, random_images, wait_until
+
+pytestmark = pytest.mark.redis
+
+Start = Callable[..., Process]
+DUMMY = "tests.services.dummies:"
+SERVE = ("serve", "--port", "0", "--announce", "--until-stdin-closes")
+
+
+def score(url: str, images_BHWC: np.ndarray, *, deadline_s: float = 60.0) -> ScoreResult:
+    """Score through the client, in a loop of its own."""
+
+    async def run() -> ScoreResult:
+        async with RewardClient(url) as client:
+            return await client.score(images_BHWC, deadline_s=deadline_s)
+
+    return asyncio.run(run())
+
+
+def redis_folders() -> set[Path]:
+    """The directories of embedded Redis servers."""
+    return set(Path(tempfile.gettempdir()).glob(f"{DIRECTORY_PREFIX}*"))
+
+
+def assert_gone(pids: list[int], folders: set[Path]) -> None:
+    """No process is left, nor any directory that was not there before."""
+    wait_until(lambda: not any(is_alive(pid) for pid in pids))
+    assert redis_folders() <= folders
+
+
+def test_serve_scores_through_the_whole_path_and_leaves_nothing(start: Start) -> None:
+    """One line on stdout when ready; the very scores of the reward, in order; the end of stdin ends everything."""
+    folders = redis_folders()
+    process = start(*SERVE, "brightness", f"{DUMMY}Nan", REWARD_MAX_BODY_BYTES="1000000")
+    announced = process.announced()
+    url, nan_url = announced["rewards"]["brightness"], announced["rewards"][f"{DUMMY}Nan"]
+    pids = descendants(process.pid)
+    assert len(pids) == 5
+    images_BHWC = random_images(50, 8, 8, 3)
+    result = score(url, images_BHWC)
+    assert np.array_equal(result.scores, Brightness().score(images_BHWC, None))
+    assert (result.reward, result.version) == ("brightness", "1")
+    images_BHWC[17, 0, 0, 0] = 255
+    with pytest.raises(RewardRefused, match="nan"):
+        score(nan_url, images_BHWC)
+    answer = httpx.post(f"{url}/score", content=b"x", headers={"Content-Type": MEDIA_SAFETENSORS}, trust_env=False)
+    assert answer.status_code == 400
+    answer = httpx.post(
+        f"{url}/score", content=bytes(5_000_000), headers={"Content-Type": MEDIA_SAFETENSORS}, trust_env=False
+    )
+    assert answer.status_code == 413
+    process.close_stdin()
+    assert process.wait() == 0
+    assert process.rest_of_stdout() == b""
+    assert process.errors() == ""
+    assert_gone(pids, folders)
+
+
+def test_ctrl_c_stops_everything(start: Start) -> None:
+    """Exit code 130, no message, nothing left."""
+    folders = redis_folders()
+    process = start("serve", "brightness", "--port", "0", "--announce")
+    process.announced()
+    pids = descendants(process.pid)
+    process.send(signal.SIGINT)
+    assert process.wait() == 130
+    assert process.errors() == ""
+    assert_gone(pids, folders)
+
+
+def test_an_order_to_stop_is_obeyed_while_starting(start: Start) -> None:
+    """SIGTERM before anything is ready: exit code 0, no announcement, nothing left."""
+    folders = redis_folders()
+    process = start(*SERVE, "brightness")
+    wait_until(lambda: len(descendants(process.pid)) == 3)
+    pids = descendants(process.pid)
+    process.send(signal.SIGTERM)
+    assert process.wait() == 0
+    assert process.rest_of_stdout() == b""
+    assert_gone(pids, folders)
+
+
+def test_a_killed_supervisor_leaves_no_process(start: Start) -> None:
+    """SIGKILL cannot be handled, so the kernel ends the children; the next start removes the directory."""
+    folders = redis_folders()
+    process = start(*SERVE, "brightness")
+    process.announced()
+    (left,) = redis_folders() - folders
+    pids = descendants(process.pid)
+    assert len(pids) == 3
+    process.send(signal.SIGKILL)
+    process.wait()
+    wait_until(lambda: not any(is_alive(pid) for pid in pids))
+    os.utime(left / LOCK_NAME, (0, 0))
+    with RedisServer():
+        assert not left.exists()
+
+
+def test_a_child_that_dies_stops_the_rest(start: Start) -> None:
+    """One line, and a code that is not 0."""
+    folders = redis_folders()
+    process = start(*SERVE, "brightness")
+    process.announced()
+    pids = descendants(process.pid)
+    worker = next(pid for pid in pids if b"\0worker\0" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(worker, signal.SIGKILL)
+    assert process.wait() == 1
+    assert process.errors() == "error: worker brightness: died with exit code -9: see the log\n"
+    assert_gone(pids, folders)
+
+
+def test_a_port_in_use_is_one_line(start: Start) -> None:
+    """Value and remedy; nothing was started."""
+    folders = redis_folders()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        process = start("serve", "brightness", "--port", str(port), "--announce")
+        assert process.wait() == 1
+    expected = f"error: port {port} on 127.0.0.1 is in use: choose another --port, or 0 for a free one\n"
+    assert process.errors() == expected
+    assert process.rest_of_stdout() == b""
+    assert redis_folders() <= folders
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "words"),
+    [
+        (("serve", "brigthness"), {}, "unknown reward 'brigthness'; known: brightness"),
+        (("serve", "no.module:Class"), {}, "reward 'no.module:Class' cannot be imported"),
+        (("serve", "brightness"), {"REWARD_MAX_BATCH": "0"}, "REWARD_MAX_BATCH"),
+        (("api", "brightness"), {"REDIS_URL": ""}, "REDIS_URL is not set"),
+        (("worker", "brightness"), {"REDIS_URL": "unix:///no.sock", "REWARD_REDIS_PATIENCE_S": "0.1"}, "Redis is away"),
+    ],
+)
+def test_what_cannot_run_says_so_in_one_line(
+    start: Start, arguments: tuple[str, ...], environment: dict[str, str], words: str
+) -> None:
+    """The exit code is not 0 and there is no traceback."""
+    process = start(*arguments, "--announce", **environment)
+    assert process.wait() == 1
+    lines = [line for line in process.errors().splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert "Traceback" not in process.errors()
+
+
+def test_a_killed_worker_is_replaced_and_every_image_answered_once(
+    start: Start, redis_url: str, tmp_path: Path
+) -> None:
+    """SIGKILL in the middle of a batch: another worker takes over; meanwhile a full queue answers 429."""
+    name = f"{DUMMY}HangsOnce"
+    environment = {
+        "REDIS_URL": redis_url,
+        "REWARD_LEASE_MS": "1000",
+        "REWARD_QUEUE_IMAGES": "40",
+        "REWARD_MAX_IMAGES": "40",
+        "DUMMY_FOLDER": str(tmp_path),
+    }
+    api = start("api", name, "--port", "0", "--announce", **environment)
+    first = start("worker", name, "--announce", **environment)
+    url = api.url()
+    first.announced()
+    images_BHWC = random_images(40, 8, 8, 3)
+    with ThreadPoolExecutor(1) as pool:
+        request = pool.submit(score, url, images_BHWC)
+        wait_until((tmp_path / "pid").exists)
+        body, headers = encode_batch(images_BHWC[:1]), {"Content-Type": MEDIA_SAFETENSORS}
+        refused = httpx.post(f"{url}/score", content=body, headers=headers, trust_env=False)
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"] == "1"
+        first.send(signal.SIGKILL)
+        second = start("worker", name, "--announce", **environment)
+        assert np.array_equal(request.result(60).scores, Brightness().score(images_BHWC, None))
+    keys = Keys("hangs-once", "1")
+    with Redis.from_url(redis_url) as client:
+        assert client.xlen(keys.jobs) == 0
+        assert client.xlen(keys.dead) == 0
+        pending: dict[str, int] = client.xpending(keys.jobs, GROUP)  # type: ignore[assignment]
+        assert pending["pending"] == 0
+    for process in (second, api):
+        process.send(signal.SIGTERM)
+    assert [second.wait(), api.wait()] == [0, 0]
+
+
+def test_the_embedded_redis_is_private_and_goes_with_its_owner() -> None:
+    """A unix socket in a directory of its own, no port, nothing on disk, no eviction."""
+    with RedisServer(max_memory_bytes=2**24) as server:
+        path = Path(server.url.removeprefix("unix://"))
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+        with Redis.from_url(server.url) as client:
+            settings: dict[str, str] = client.config_get("*")  # type: ignore[assignment]
+            assert (settings["port"], settings["save"], settings["appendonly"]) == ("0", "", "no")
+            assert (settings["maxmemory-policy"], settings["maxmemory"]) == ("noeviction", str(2**24))
+        process = server.process
+    assert process is not None
+    assert process.poll() is not None
+    assert not path.parent.exists()
+
+
+def test_a_machine_without_redis_is_told_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a program on PATH nor the wheel."""
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(RedisMissing, match="set REDIS_URL, or install redis-server or valkey-server"):
+        find_redis()

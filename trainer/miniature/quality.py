@@ -1,0 +1,130 @@
+"""How good the miniature's parts are, on pictures that nothing was trained on, and the pictures that show it.
+
+Shape legend: B images · H, W pixels.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trainer.miniature.classifiers import Classifier, accuracy, predict
+from trainer.miniature.objects import CLASSES
+from trainer.miniature.prior import tokenize
+from trainer.miniature.render import ALL_STYLES, HELD_OUT_SEED, LUMA, POLICY_STYLES, STYLES, Renders, render_set
+from trainer.miniature.tokenizer import psnr, to_float
+from trainer.models.var import VAR
+from trainer.models.vqvae import VQVAE
+from trainer.pictures import save_grid
+from trainer.policy import decode_uint8, generate, keyed_uniforms, sample
+
+Images = NDArray[np.uint8]
+# The miniature's inference settings; top-k keeps the same share of the vocabulary as the official 900 of 4096.
+GUIDANCE, TOP_K, TOP_P = 1.5, 112, 0.96
+BRIGHT, DARK, RL_TEMPERATURE = 0.8, 0.2, 0.7
+SAMPLE_SEED = 7
+
+
+def held_out(count: int, *, policy_styles: bool = False) -> Renders:
+    """Renders that nothing was trained on, of all styles or of those the policy is trained on."""
+    return render_set(HELD_OUT_SEED, count, POLICY_STYLES if policy_styles else ALL_STYLES)
+
+
+@torch.no_grad()
+def reconstruct(vqvae: VQVAE, images: Images) -> Images:
+    """What encoding to tokens and decoding leaves of images, uint8 (B, H, W, 3)."""
+    tokens_BL = tokenize(vqvae, images)
+    parts = [decode_uint8(vqvae, vqvae.quantize.embed_scales(part)[0]) for part in tokens_BL.split(64)]
+    return torch.cat(parts).numpy()
+
+
+def tokenizer_quality(vqvae: VQVAE, renders: Renders) -> dict[str, float]:
+    """Mean over images of the PSNR in dB, in all and for each style, and the number of codes in use."""
+    values_B = psnr(to_float(reconstruct(vqvae, renders.images)), to_float(renders.images)).numpy()
+    by_style = {
+        f"psnr_db/{style}": float(values_B[renders.styles == index].mean()) for index, style in enumerate(STYLES)
+    }
+    used = tokenize(vqvae, renders.images).unique().numel()
+    return {"psnr_db": float(values_B.mean()), **by_style, "codes_in_use": float(used)}
+
+
+@torch.no_grad()
+def draw(var: VAR, vqvae: VQVAE, count: int, *, temperature: float = 1.0, guided: bool = False) -> Images:
+    """Samples whose labels take turns; plain at a temperature, or with the inference settings."""
+    pieces: list[Images] = []
+    for first in range(0, count, 64):
+        slots = range(first, min(first + 64, count))
+        labels = torch.tensor([slot % len(CLASSES) for slot in slots])
+        uniforms = keyed_uniforms(SAMPLE_SEED, 0, slots, 1, var.config.length)
+        if guided:
+            rollout = generate(var, vqvae, labels, uniforms_BL=uniforms, guidance=GUIDANCE, top_k=TOP_K, top_p=TOP_P)
+        else:
+            rollout = sample(var, vqvae, labels, temperature=temperature, uniforms_BL=uniforms)
+        pieces.append(decode_uint8(vqvae, rollout.f_hat_BCHW).numpy())
+    return np.concatenate(pieces)
+
+
+def diversity(images: Images) -> float:
+    """Within-class diversity: mean RMS distance of pairs of images of a class, each averaged to 16×16; in [0, 1].
+
+    The class of image i is i mod the number of classes.
+    """
+    B, side = len(images), images.shape[1] // 4
+    small = images.reshape(B, side, 4, side, 4, 3).mean(axis=(2, 4)).reshape(B, -1) / 255
+    distances: list[float] = []
+    for label in range(len(CLASSES)):
+        rows = small[label :: len(CLASSES)]
+        squared = ((rows[:, None] - rows[None]) ** 2).mean(axis=2)
+        distances.append(float(np.sqrt(squared[np.triu_indices(len(rows), 1)]).mean()))
+    return float(np.mean(distances))
+
+
+def brightness(images: Images) -> NDArray[np.float64]:
+    """Mean luma of each image, float64 (B,) in [0, 1]."""
+    return np.asarray((images / 255.0 @ LUMA).mean(axis=(1, 2)))
+
+
+def policy_quality(var: VAR, vqvae: VQVAE, label: Classifier, style: Classifier) -> dict[str, float]:
+    """The bar of docs/miniature.md for the pre-trained policy."""
+    count = 1024
+    targets = np.arange(count) % len(CLASSES)
+    plain, guided = draw(var, vqvae, 2 * count), draw(var, vqvae, count, guided=True)
+    cool = draw(var, vqvae, count, temperature=RL_TEMPERATURE)
+    renders = held_out(count, policy_styles=True)
+    painting = STYLES.index("painting")
+    called_painting = np.concatenate([predict(style, batch).argmax(axis=1) == painting for batch in (plain, cool)])
+    luma = brightness(cool)
+    return {
+        "label_accuracy/temperature_1": accuracy(label, plain, np.tile(targets, 2)),
+        "label_accuracy/temperature_0.7": accuracy(label, cool, targets),
+        "label_accuracy/inference": accuracy(label, guided, targets),
+        "label_accuracy/renders": accuracy(label, renders.images, renders.labels),
+        "diversity/temperature_1": diversity(plain[:count]),
+        "diversity/temperature_0.7": diversity(cool),
+        "diversity/renders": diversity(renders.images),
+        "paintings_per_sample": float(called_painting.mean()),
+        "bright_share/temperature_0.7": float((luma >= BRIGHT).mean()),
+        "dark_share/temperature_0.7": float((luma < DARK).mean()),
+    }
+
+
+def save_pictures(folder: Path, vqvae: VQVAE, var: VAR | None) -> None:
+    """Grids of renders (a row a style), of reconstructions (below each original) and of samples."""
+    every = render_set(HELD_OUT_SEED, 64 * len(CLASSES), ALL_STYLES)
+    rows = []
+    for index in range(len(STYLES)):
+        for label in range(len(CLASSES)):
+            rows.append(int(np.flatnonzero((every.styles == index) & (every.labels == label))[0]))
+    originals = every.images[rows]
+    save_grid(folder / "renders.png", originals, columns=len(CLASSES))
+    restored = reconstruct(vqvae, originals)
+    pairs = np.stack([originals.reshape(4, 16, *originals.shape[1:]), restored.reshape(4, 16, *originals.shape[1:])], 1)
+    save_grid(folder / "reconstructions.png", pairs.reshape(-1, *originals.shape[1:]), columns=len(CLASSES))
+    if var is not None:
+        plain = draw(var, vqvae, 64)
+        cool = draw(var, vqvae, 64, temperature=RL_TEMPERATURE)
+        guided = draw(var, vqvae, 64, guided=True)
+        save_grid(folder / "samples_temperature_1.png", plain, columns=len(CLASSES))
+        save_grid(folder / "samples_temperature_0.7.png", cool, columns=len(CLASSES))
+        save_grid(folder / "samples_inference.png", guided, columns=len(CLASSES))

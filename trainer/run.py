@@ -1,0 +1,98 @@
+"""The entry: `python -m trainer.run [RECIPE] [--section.key value …]`.
+
+Parses the settings, starts what the run needs, calls the training step, writes the run's folder, closes everything.
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from services.client import RewardError
+from trainer.config import DEFAULT_RECIPE, ConfigError, load_config, parse_overrides, read_recipe, recipe_names
+from trainer.local_rewards import LocalRewardsError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0 done, 1 failed, 2 wrong settings, 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.run",
+        description="Fine-tune a next-scale image model by GRPO against reward services.",
+        epilog="Every setting of a recipe is an option, e.g. --run.steps 20 --optim.lr 1e-4 --rewards.0.url http://…",
+    )
+    parser.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help=f"name or .yaml file ({DEFAULT_RECIPE})")
+    parser.add_argument("--list", action="store_true", help="list the recipes and exit")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    has_recipe = bool(given) and not given[0].startswith("-")
+    known = parser.parse_args([*given[:1]] if has_recipe else [a for a in given if a in ("-h", "--help", "--list")])
+    console = Console(stderr=True, highlight=False)
+    if known.list or "--list" in given:
+        list_recipes(Console(highlight=False))
+        return 0
+    if "-h" in given or "--help" in given:
+        parser.print_help()
+        return 0
+    return run_safely(known.recipe, given[1:] if has_recipe else given, console)
+
+
+def list_recipes(console: Console) -> None:
+    """Prints each recipe's name and its one line."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name in recipe_names():
+        table.add_row(f"[bold]{name}", str(read_recipe(name)[1].get("summary", "")))
+    console.print(table)
+
+
+def run_safely(recipe: str, options: Sequence[str], console: Console) -> int:
+    """Trains, and turns every expected failure into one line and an exit code."""
+    try:
+        config = load_config(recipe, parse_overrides(options))
+    except ConfigError as error:
+        return _fail(console, error, code=2)
+    previous = signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        # Only now, for a mistyped option should not wait for torch.
+        from trainer.judges import JudgeError  # noqa: PLC0415
+        from trainer.models.checkpoints import CheckpointError  # noqa: PLC0415
+        from trainer.scoring import ScoreError  # noqa: PLC0415
+        from trainer.session import train  # noqa: PLC0415
+
+        expected = (
+            RewardError,
+            LocalRewardsError,
+            ScoreError,
+            CheckpointError,
+            JudgeError,
+            FloatingPointError,
+            OSError,
+        )
+        try:
+            train(config, recipe, console)
+        except ConfigError as error:
+            return _fail(console, error, code=2)
+        except expected as error:
+            return _fail(console, error, code=1)
+    except KeyboardInterrupt:
+        return _fail(console, "interrupted; the services are stopped, nothing was saved", code=130)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def _on_sigterm(signum: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(console: Console, error: object, *, code: int) -> int:
+    message = " ".join(str(error).split()) or type(error).__name__
+    console.print(f"[bold red]error:[/] {message}", soft_wrap=True, markup=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""The trainer's side of the reward services: many requests in flight, one answer a batch, never an invented score.
+
+One background thread runs the event loop that holds the clients, so that the step goes on while scores are on their
+way. Shape legend: B images · H, W pixels.
+"""
+
+import asyncio
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.client import RewardClient
+from trainer.config import RewardConfig
+from trainer.shaping import Scores
+
+
+class ScoreError(RuntimeError):
+    """A score is missing, of the wrong count, or not a finite number; the step cannot go on."""
+
+
+class Scored(NamedTuple):
+    """Rewards of a batch: raw and shaped for each model by name, and what the policy is trained on; all (B,)."""
+
+    raw: dict[str, Scores]
+    shaped: dict[str, Scores]
+    success: NDArray[np.bool_] | None  # reached every threshold; None where nothing is thresholded
+    reward: Scores  # weighted sum of the shaped rewards
+
+
+def combine(raw: Mapping[str, Scores], rewards: Sequence[RewardConfig], count: int) -> Scored:
+    """Shapes the raw scores and sums them by weight.
+
+    Args:
+        raw: scores (B,) of each reward, by name.
+        rewards: the run's rewards.
+        count: B, the number of images that were sent.
+
+    Raises:
+        ScoreError: a reward is missing, has another number of scores than images, or a score that is not finite.
+    """
+    total, shaped, success = np.zeros(count), {}, None
+    for reward in rewards:
+        if reward.name not in raw:
+            raise ScoreError(f"no score from {reward.name!r}; answered: {', '.join(raw) or 'none'}")
+        scores_B = raw[reward.name]
+        if scores_B.shape != (count,):
+            raise ScoreError(f"{reward.name!r} answered {scores_B.size} scores for {count} images")
+        if not np.isfinite(scores_B).all():
+            index = int(np.flatnonzero(~np.isfinite(scores_B))[0])
+            raise ScoreError(f"{reward.name!r} answered {scores_B[index]} for image {index}; a score must be finite")
+        shaped[reward.name] = reward.shape.reward(scores_B)
+        total += reward.weight * shaped[reward.name]
+        reached = reward.shape.success(scores_B)
+        if reached is not None:
+            success = reached if success is None else success & reached
+    return Scored(dict(raw), shaped, success, total)
+
+
+class Scorer:
+    """Sends batches to every reward of a run and combines the answers.
+
+    Args:
+        rewards: the run's rewards.
+        urls: where each of them listens, by name.
+        timeout_s: seconds a batch may take, retries included.
+        ready_timeout_s: seconds to wait for the services to be ready.
+
+    Raises:
+        RewardError: a service cannot be reached or is not ready in time.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[RewardConfig],
+        urls: Mapping[str, str],
+        *,
+        timeout_s: float,
+        ready_timeout_s: float = 30.0,
+    ) -> None:
+        self._rewards, self._timeout_s = tuple(rewards), timeout_s
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
+        self._thread.start()
+        self._clients = {reward.name: RewardClient(urls[reward.name], timeout_s=timeout_s) for reward in rewards}
+        try:
+            asyncio.run_coroutine_threadsafe(self._open(ready_timeout_s), self._loop).result()
+        except BaseException:
+            self.close()
+            raise
+
+    async def _open(self, ready_timeout_s: float) -> None:
+        for client in self._clients.values():
+            await client.__aenter__()
+        await asyncio.gather(*(client.wait_ready(ready_timeout_s) for client in self._clients.values()))
+
+    def submit(self, images_BHW3: NDArray[np.uint8]) -> Future[Scored]:
+        """Starts scoring uint8 images (B, H, W, 3) by every reward; the future holds the result or the error."""
+        return asyncio.run_coroutine_threadsafe(self._score(images_BHW3), self._loop)
+
+    async def _score(self, images_BHW3: NDArray[np.uint8]) -> Scored:
+        async def one(reward: RewardConfig) -> Scores:
+            prompts = None if reward.prompt is None else [reward.prompt] * len(images_BHW3)
+            answer = await self._clients[reward.name].score(images_BHW3, prompts, deadline_s=self._timeout_s)
+            return np.asarray(answer.scores, dtype=np.float64)
+
+        async with asyncio.TaskGroup() as group:
+            tasks = {reward.name: group.create_task(one(reward)) for reward in self._rewards}
+        return combine({name: task.result() for name, task in tasks.items()}, self._rewards, len(images_BHW3))
+
+    def close(self) -> None:
+        """Drops what is in flight and closes the connections."""
+        if not self._thread.is_alive():
+            return
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(timeout=10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+        self._loop.close()
+
+    async def _close(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        for client in self._clients.values():
+            await client.__aexit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def collect(pending: Sequence[Future[Scored]]) -> Scored:
+    """Waits for the batches of a step, in the order they were sent, and joins them.
+
+    Raises:
+        RewardError, ScoreError: the first failure among them; the other batches are cancelled.
+    """
+    try:
+        parts = [future.result() for future in pending]
+    except BaseException as error:
+        for future in pending:
+            future.cancel()
+        if isinstance(error, BaseExceptionGroup):  # of the task group: the first is the cause, the others its echo
+            raise error.exceptions[0] from None
+        raise
+    first = parts[0]
+    success = None if first.success is None else np.concatenate([p.success for p in parts if p.success is not None])
+    return Scored(
+        {name: np.concatenate([p.raw[name] for p in parts]) for name in first.raw},
+        {name: np.concatenate([p.shaped[name] for p in parts]) for name in first.shaped},
+        success,
+        np.concatenate([p.reward for p in parts]),
+    )

@@ -1,0 +1,157 @@
+"""One run from start to end: its folder, its services, the evaluation before and after, and the steps in between."""
+
+import json
+import platform
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from trainer.build import make_learner
+from trainer.config import Config
+from trainer.evaluation import draw_samples, score_samples, spread_labels
+from trainer.local_rewards import LocalRewards
+from trainer.loop import Learner, train_step
+from trainer.metrics import Metrics, MetricsLog
+from trainer.models.checkpoints import save_var
+from trainer.pictures import save_grid
+from trainer.scoring import Scorer
+
+PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "redis", "fastapi", "httpx", "pydantic")
+GRID_COLUMNS = 16
+GRID_ROWS = 4
+
+
+def train(config: Config, recipe: str, console: Console) -> Path:
+    """Trains by a resolved configuration and returns the run's folder.
+
+    Args:
+        config: validated settings.
+        recipe: the name it came from.
+        console: for progress and the closing table.
+
+    Raises:
+        ConfigError, CheckpointError, JudgeError, LocalRewardsError, RewardError, ScoreError, FloatingPointError,
+        OSError: with a message of one line; services that the run started are stopped first.
+    """
+    torch.manual_seed(config.run.seed)
+    learner = make_learner(config)
+    folder = make_folder(config.run.dir, config.run.name or recipe)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+    (folder / "versions.json").write_text(json.dumps(_versions(), indent=2) + "\n")
+    console.print(f"[bold]{recipe}[/] → {folder}   {config.summary}")
+    local = [reward.name for reward in config.rewards if reward.url is None]
+    with LocalRewards(local, folder / "services.log") as services:
+        urls = services.urls | {reward.name: reward.url for reward in config.rewards if reward.url is not None}
+        for name, url in urls.items():
+            console.print(f"reward {name}: {url}" + ("  (started for this run)" if name in services.urls else ""))
+        with Scorer(config.rewards, urls, timeout_s=config.run.score_timeout_s) as scorer:
+            return _train(config, recipe, learner, scorer, folder, console)
+
+
+def _train(config: Config, recipe: str, learner: Learner, scorer: Scorer, folder: Path, console: Console) -> Path:
+    before = _evaluate(config, learner, scorer)
+    _grid(config, learner, folder, 0)
+    began = time.perf_counter()
+    excluded = 0.0  # seconds of grids and evaluations, which are not training
+    with MetricsLog(folder, config.run.steps, console) as log:
+        for step in range(config.run.steps):
+            log.write(step + 1, train_step(learner, scorer.submit, config, step))
+            paused = time.perf_counter()
+            done = step + 1 == config.run.steps
+            if done or (config.run.grid_every and (step + 1) % config.run.grid_every == 0):
+                _grid(config, learner, folder, step + 1)
+            excluded += time.perf_counter() - paused
+    seconds = time.perf_counter() - began - excluded
+    after = _evaluate(config, learner, scorer)
+    metadata = {"recipe": recipe, "seed": str(config.run.seed), "steps": str(config.run.steps)}
+    save_var(folder / "checkpoint" / "var.safetensors", learner.policy, metadata)
+    summary = {
+        "recipe": recipe,
+        "seed": config.run.seed,
+        "steps": config.run.steps,
+        "seconds": round(seconds, 1),
+        "before": before,
+        "after": after,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    _closing_table(summary, folder, console)
+    return folder
+
+
+def make_folder(parent: Path, name: str) -> Path:
+    """A new folder `parent/name`, or `name-2`, `name-3` … where that is taken; two runs never share one."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 10_000):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise OSError(f"{parent} holds 9,999 runs named {name}; set another --run.name or --run.dir")
+
+
+def _evaluate(config: Config, learner: Learner, scorer: Scorer) -> Metrics:
+    samples = draw_samples(
+        learner.policy,
+        learner.vqvae,
+        spread_labels(config.eval.samples, learner.classes),
+        temperature=config.rollout.temperature,
+        seed=config.eval.seed,
+        chunk=config.rollout.chunk,
+        autocast=learner.autocast(),
+    )
+    return score_samples(samples, scorer.submit, learner.judge, chunk=config.rollout.chunk)
+
+
+def _grid(config: Config, learner: Learner, folder: Path, step: int) -> None:
+    """Samples of the same labels and seeds each time: a column a label, a row a seed."""
+    columns = np.asarray(learner.classes[:: max(1, len(learner.classes) // GRID_COLUMNS)][:GRID_COLUMNS])
+    samples = draw_samples(
+        learner.policy,
+        learner.vqvae,
+        np.tile(columns, GRID_ROWS),
+        temperature=config.rollout.temperature,
+        seed=config.eval.seed + 1,
+        chunk=config.rollout.chunk,
+        autocast=learner.autocast(),
+    )
+    save_grid(folder / "grids" / f"step_{step:06d}.png", samples.images_BHW3, columns=len(columns))
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": str(torch.get_num_threads()),
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+def _closing_table(summary: Mapping[str, Any], folder: Path, console: Console) -> None:
+    table = Table(
+        title=f"{summary['recipe']}: {summary['steps']} steps in {summary['seconds']:.0f} s", title_justify="left"
+    )
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, label, form in (
+        ("reward", "reward", "{:.3f}"),
+        ("raw_score", "raw score", "{:.3f}"),
+        ("success_rate", "success rate", "{:.1%}"),
+        ("label_accuracy", "label accuracy", "{:.1%}"),
+    ):
+        values = [summary[when][name] for when in ("before", "after")]
+        table.add_row(label, *("–" if value is None else form.format(value) for value in values))
+    console.print(table)
+    console.print(f"samples     {folder / 'grids'}")
+    console.print(f"metrics     {folder / 'metrics.jsonl'}   tensorboard --logdir {folder.parent}")
+    console.print(f"checkpoint  {folder / 'checkpoint' / 'var.safetensors'}")
