@@ -98,12 +98,13 @@ async def _supervise(options: ServeOptions, listeners: Sequence[socket.socket]) 
             redis = stack.enter_context(RedisServer(max_memory_bytes=2 * options.queue_bytes + REDIS_SPARE_BYTES))
             redis_url = redis.url
         children: list[Child] = []
+        urls = {name: url_of(listener) for name, listener in zip(options.names, listeners, strict=True)}
         try:
             for name, listener in zip(options.names, listeners, strict=True):
                 descriptor = listener.fileno()
                 children.append(await _start("api", name, options, redis, "--fd", str(descriptor), fd=descriptor))
                 children.append(await _start("worker", name, options, redis))
-            urls = {name: url_of(listener) for name, listener in zip(options.names, listeners, strict=True)}
+                listener.close()  # its API listens now; a copy here would take connections that nobody serves
             await _until_stopped(children, redis, stop, urls, announces=options.announces)
         finally:
             await _stop(children, received)

@@ -8,13 +8,23 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from trainer.shaping import Affine, Shape
 
 DEFAULT_RECIPE = "mini-bright"
+MAX_CLASSES = 1_000_000  # a mistyped range must not fill the memory
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -26,6 +36,24 @@ class ConfigError(ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: object) -> object:
+        """YAML reads `on` and `yes` as true, which would pass for the number 1; no setting is a switch."""
+        if isinstance(value, bool):
+            raise ValueError("give a number, or a text in quotes")
+        return value
+
+
+def _expand_range(value: object) -> object:
+    """`3-5` as [3, 4, 5]."""
+    if not isinstance(value, str):
+        return value
+    first, _, last = value.replace(" ", "").partition("-")
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < MAX_CLASSES):
+        raise ValueError(f"write FIRST-LAST, such as 0-499 and below {MAX_CLASSES:,}, or a list of labels")
+    return tuple(range(int(first), int(last) + 1))
 
 
 class ModelConfig(_Section):
@@ -55,7 +83,7 @@ class RolloutConfig(_Section):
     group_size: Annotated[int, Field(ge=2)] = 16
     temperature: Annotated[float, Field(gt=0, le=10)] = 0.7
     chunk: Positive = 64
-    classes: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    classes: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_expand_range)] = ()
 
 
 class GrpoConfig(_Section):
@@ -102,6 +130,19 @@ class RewardConfig(_Section):
     shape: Shape = Affine()
     prompt: str | None = None
 
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str | None) -> str | None:
+        if url is not None:
+            try:
+                parts = urlsplit(url)
+                usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+            except ValueError:
+                usable = False
+            if not usable or any(character.isspace() for character in url):
+                raise ValueError("give http://HOST:PORT or https://HOST:PORT, or null to start the service here")
+        return url
+
 
 class EvalConfig(_Section):
     """The evaluation before and after training, from seeds that do not change with the run's.
@@ -109,12 +150,10 @@ class EvalConfig(_Section):
     Args:
         samples: images, spread evenly over the classes.
         seed: of their random numbers.
-        every: steps between evaluations in between; 0 for none.
     """
 
     samples: Positive = 500
-    seed: Annotated[int, Field(ge=0)] = 20_250_523
-    every: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 20_250_523
 
 
 class RunConfig(_Section):
@@ -128,7 +167,6 @@ class RunConfig(_Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     grid_every: Annotated[int, Field(ge=0)] = 0
     score_timeout_s: Annotated[float, Field(gt=0)] = 300.0
-    overwrite: bool = False
 
 
 class Config(_Section):
@@ -189,9 +227,10 @@ def read_recipe(recipe: str) -> tuple[str, dict[str, Any]]:
         name = Path(recipe).stem
         try:
             text = Path(recipe).read_text("utf-8")
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise ConfigError(
-                f"recipe {recipe}: {error.strerror}; give the path of a YAML file or a name from --list"
+                f"recipe {recipe}: {reason}; give the path of a YAML file or a name from --list"
             ) from error
     else:
         raise ConfigError(
@@ -212,7 +251,7 @@ def _assign(content: dict[str, Any], key: str, value: Any) -> None:
     node: Any = content
     for depth, part in enumerate(parents):
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
+            if not part.isdecimal() or int(part) >= len(node):
                 raise ConfigError(
                     f"--{key}: {'.'.join(parents[:depth])} has entries 0 to {len(node) - 1}, not {part!r}"
                 )

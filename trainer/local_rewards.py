@@ -44,7 +44,8 @@ class LocalRewards:
         return self
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "services", "serve", *self._names, "--announce", "--until-stdin-closes"]
+        command = [sys.executable, "-m", "services", "serve", *self._names, "--port", "0"]
+        command += ["--announce", "--until-stdin-closes"]
         with self._log.open("a", encoding="utf-8") as log:
             # In a session of its own, so that Ctrl-C reaches the run alone, which then closes the services' input.
             self._process = subprocess.Popen(

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import NoReturn
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from services.client import RewardError
 from trainer.config import DEFAULT_RECIPE, ConfigError, load_config, parse_overrides, read_recipe, recipe_names
@@ -42,41 +42,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def list_recipes(console: Console) -> None:
     """Prints each recipe's name and its one line."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name in recipe_names():
-        table.add_row(f"[bold]{name}", str(read_recipe(name)[1].get("summary", "")))
-    console.print(table)
+    names = recipe_names()
+    width = max(map(len, names))
+    for name in names:
+        summary = escape(str(read_recipe(name)[1].get("summary", "")))
+        console.print(f"[bold]{name:<{width}}[/]  {summary}", soft_wrap=True)
 
 
 def run_safely(recipe: str, options: Sequence[str], console: Console) -> int:
     """Trains, and turns every expected failure into one line and an exit code."""
-    try:
-        config = load_config(recipe, parse_overrides(options))
-    except ConfigError as error:
-        return _fail(console, error, code=2)
     previous = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
+        config = load_config(recipe, parse_overrides(options))
         # Only now, for a mistyped option should not wait for torch.
         from trainer.judges import JudgeError  # noqa: PLC0415
         from trainer.models.checkpoints import CheckpointError  # noqa: PLC0415
         from trainer.scoring import ScoreError  # noqa: PLC0415
         from trainer.session import train  # noqa: PLC0415
 
-        expected = (
-            RewardError,
-            LocalRewardsError,
-            ScoreError,
-            CheckpointError,
-            JudgeError,
-            FloatingPointError,
-            OSError,
-        )
+        expected = (RewardError, LocalRewardsError, ScoreError, CheckpointError, JudgeError, FloatingPointError)
         try:
             train(config, recipe, console)
-        except ConfigError as error:
-            return _fail(console, error, code=2)
         except expected as error:
             return _fail(console, error, code=1)
+        except OSError as error:
+            remedy = "make room there, or set another --run.dir that can be written"
+            return _fail(console, f"run.dir {config.run.dir}: {error}; {remedy}", code=1)
+    except ConfigError as error:
+        return _fail(console, error, code=2)
     except KeyboardInterrupt:
         return _fail(console, "interrupted; the services are stopped, nothing was saved", code=130)
     finally:
@@ -90,7 +83,7 @@ def _on_sigterm(signum: int, frame: FrameType | None) -> NoReturn:
 
 def _fail(console: Console, error: object, *, code: int) -> int:
     message = " ".join(str(error).split()) or type(error).__name__
-    console.print(f"[bold red]error:[/] {message}", soft_wrap=True, markup=True)
+    console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     return code
 
 

@@ -41,7 +41,8 @@ def combine(raw: Mapping[str, Scores], rewards: Sequence[RewardConfig], count: i
         count: B, the number of images that were sent.
 
     Raises:
-        ScoreError: a reward is missing, has another number of scores than images, or a score that is not finite.
+        ScoreError: a reward is missing, has another number of scores than images, or a score that is not finite; or
+            the weighted sum overflows.
     """
     total, shaped, success = np.zeros(count), {}, None
     for reward in rewards:
@@ -53,11 +54,15 @@ def combine(raw: Mapping[str, Scores], rewards: Sequence[RewardConfig], count: i
         if not np.isfinite(scores_B).all():
             index = int(np.flatnonzero(~np.isfinite(scores_B))[0])
             raise ScoreError(f"{reward.name!r} answered {scores_B[index]} for image {index}; a score must be finite")
-        shaped[reward.name] = reward.shape.reward(scores_B)
-        total += reward.weight * shaped[reward.name]
+        with np.errstate(over="ignore", invalid="ignore"):  # found below, and then an error
+            shaped[reward.name] = reward.shape.reward(scores_B)
+            total += reward.weight * shaped[reward.name]
         reached = reward.shape.success(scores_B)
         if reached is not None:
             success = reached if success is None else success & reached
+    if not np.isfinite(total).all():
+        index = int(np.flatnonzero(~np.isfinite(total))[0])
+        raise ScoreError(f"the reward of image {index} is {total[index]}; choose smaller weights, scales or offsets")
     return Scored(dict(raw), shaped, success, total)
 
 
@@ -83,10 +88,10 @@ class Scorer:
         ready_timeout_s: float = 30.0,
     ) -> None:
         self._rewards, self._timeout_s = tuple(rewards), timeout_s
+        self._clients = {reward.name: RewardClient(urls[reward.name], timeout_s=timeout_s) for reward in rewards}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
         self._thread.start()
-        self._clients = {reward.name: RewardClient(urls[reward.name], timeout_s=timeout_s) for reward in rewards}
         try:
             asyncio.run_coroutine_threadsafe(self._open(ready_timeout_s), self._loop).result()
         except BaseException:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from trainer.build import make_learner
@@ -20,11 +21,12 @@ from trainer.evaluation import draw_samples, score_samples, spread_labels
 from trainer.local_rewards import LocalRewards
 from trainer.loop import Learner, train_step
 from trainer.metrics import Metrics, MetricsLog
-from trainer.models.checkpoints import save_var
+from trainer.models.checkpoints import save_var, write_atomically
 from trainer.pictures import save_grid
 from trainer.scoring import Scorer
 
 PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "redis", "fastapi", "httpx", "pydantic")
+READY_S = 30.0
 GRID_COLUMNS = 16
 GRID_ROWS = 4
 
@@ -46,13 +48,15 @@ def train(config: Config, recipe: str, console: Console) -> Path:
     folder = make_folder(config.run.dir, config.run.name or recipe)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
     (folder / "versions.json").write_text(json.dumps(_versions(), indent=2) + "\n")
-    console.print(f"[bold]{recipe}[/] → {folder}   {config.summary}")
+    console.print(f"[bold]{escape(recipe)}[/] → {escape(f'{folder}   {config.summary}')}", soft_wrap=True)
     local = [reward.name for reward in config.rewards if reward.url is None]
     with LocalRewards(local, folder / "services.log") as services:
         urls = services.urls | {reward.name: reward.url for reward in config.rewards if reward.url is not None}
         for name, url in urls.items():
-            console.print(f"reward {name}: {url}" + ("  (started for this run)" if name in services.urls else ""))
-        with Scorer(config.rewards, urls, timeout_s=config.run.score_timeout_s) as scorer:
+            started = "  (started for this run)" if name in services.urls else ""
+            console.print(escape(f"reward {name}: {url}{started}"), soft_wrap=True)
+        timeout_s = config.run.score_timeout_s
+        with Scorer(config.rewards, urls, timeout_s=timeout_s, ready_timeout_s=min(timeout_s, READY_S)) as scorer:
             return _train(config, recipe, learner, scorer, folder, console)
 
 
@@ -81,7 +85,8 @@ def _train(config: Config, recipe: str, learner: Learner, scorer: Scorer, folder
         "before": before,
         "after": after,
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    write_atomically(folder / "summary.json", len(text), lambda temporary: temporary.write_text(text))
     _closing_table(summary, folder, console)
     return folder
 
@@ -139,7 +144,8 @@ def _versions() -> dict[str, str]:
 
 def _closing_table(summary: Mapping[str, Any], folder: Path, console: Console) -> None:
     table = Table(
-        title=f"{summary['recipe']}: {summary['steps']} steps in {summary['seconds']:.0f} s", title_justify="left"
+        title=f"{escape(summary['recipe'])}: {summary['steps']} steps in {summary['seconds']:.0f} s",
+        title_justify="left",
     )
     for column in ("", "before", "after"):
         table.add_column(column, justify="left" if not column else "right")
@@ -152,6 +158,9 @@ def _closing_table(summary: Mapping[str, Any], folder: Path, console: Console) -
         values = [summary[when][name] for when in ("before", "after")]
         table.add_row(label, *("–" if value is None else form.format(value) for value in values))
     console.print(table)
-    console.print(f"samples     {folder / 'grids'}")
-    console.print(f"metrics     {folder / 'metrics.jsonl'}   tensorboard --logdir {folder.parent}")
-    console.print(f"checkpoint  {folder / 'checkpoint' / 'var.safetensors'}")
+    for line in (
+        f"samples     {folder / 'grids'}",
+        f"metrics     {folder / 'metrics.jsonl'}   tensorboard --logdir {folder.parent}",
+        f"checkpoint  {folder / 'checkpoint' / 'var.safetensors'}",
+    ):
+        console.print(escape(line), soft_wrap=True)

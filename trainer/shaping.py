@@ -3,11 +3,12 @@
 Shape legend: B images.
 """
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag
 
 Scores = NDArray[np.float64]
 
@@ -60,11 +61,23 @@ class Below(_Shape):
 
 
 def _spell_out(value: object) -> object:
+    if isinstance(value, _Shape):
+        return value
     if value == "identity":
         return {}
-    if isinstance(value, str):
-        raise ValueError(f"shape is {value!r}; write identity, at_least: T, below: T, or scale: S and offset: O")
-    return value
+    if isinstance(value, Mapping) and (set(value) in ({"at_least"}, {"below"}) or set(value) <= {"scale", "offset"}):
+        return value
+    raise ValueError("write identity, {at_least: T}, {below: T}, or {scale: S, offset: O}")
 
 
-Shape = Annotated[AtLeast | Below | Affine, BeforeValidator(_spell_out)]
+def _kind(value: Any) -> str:
+    """Which shape is meant, so that an error speaks of that one alone."""
+    keys = value if isinstance(value, Mapping) else type(value).model_fields
+    return next((key for key in ("at_least", "below") if key in keys), "affine")
+
+
+Shape = Annotated[
+    Annotated[AtLeast, Tag("at_least")] | Annotated[Below, Tag("below")] | Annotated[Affine, Tag("affine")],
+    Discriminator(_kind),
+    BeforeValidator(_spell_out),
+]

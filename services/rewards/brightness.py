@@ -38,7 +38,7 @@ class Brightness:
         del prompts
         _, height, width, _ = images_BHWC.shape
         # The sum over pixels is exact in integers, and so the same in any batch; the weights come last. Columns first:
-        # the inner loop then runs along memory, 20 times faster than over all pixels at once.
+        # the inner loop then runs along memory, many times faster than over all pixels at once.
         sums_BC = images_BHWC.sum(axis=1, dtype=np.uint32).sum(axis=1, dtype=np.int64)
         red_B, green_B, blue_B = (sums_BC[:, channel].astype(np.float64) for channel in range(3))
         luma_B: NDArray[np.float64] = LUMA_C[0] * red_B + LUMA_C[1] * green_B + LUMA_C[2] * blue_B

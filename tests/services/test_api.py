@@ -22,7 +22,7 @@ from tests.services.conftest import random_images
 
 pytestmark = pytest.mark.anyio
 
-TOKEN = "of-a-test"  # noqa: S105 - opens nothing
+TOKEN = "of-a-test"
 IMAGES = random_images(3, 4, 5, 3)
 SAFETENSORS = {"Content-Type": protocol.MEDIA_SAFETENSORS}
 JSON = {"Content-Type": protocol.MEDIA_JSON}

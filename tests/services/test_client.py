@@ -24,7 +24,7 @@ from tests.services.conftest import random_images
 pytestmark = pytest.mark.anyio
 
 URL = "http://reward.test"
-TOKEN = "of-a-test"  # noqa: S105 - opens nothing
+TOKEN = "of-a-test"
 IMAGES = random_images(3, 4, 4, 3)
 Handler = Callable[[httpx.Request], httpx.Response]
 

@@ -19,15 +19,15 @@ from trainer.models.var import VAR, VARConfig
 from trainer.models.vqvae import VQVAE
 
 CONFIG = VARConfig(
-    depth=6,
-    width=192,
-    heads=6,
+    depth=4,
+    width=160,
+    heads=5,
     patch_nums=TOKENIZER.patch_nums,
     vocab_size=TOKENIZER.vocab_size,
     latent_channels=TOKENIZER.z_channels,
     num_classes=len(CLASSES),
 )
-SCHEDULE = Schedule(steps=3600, batch=32, lr=2e-3, weight_decay=0.02)
+SCHEDULE = Schedule(steps=4200, batch=32, lr=2.5e-3, weight_decay=0.02)
 LABEL_DROPOUT = 0.1  # so that guidance has an unconditional half to lean on
 
 

@@ -1,0 +1,47 @@
+"""The README's commands work as they are typed, and what it names is there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+LINES = [line for block in BLOCKS for line in block.splitlines() if line.strip() and not line.startswith("make ")]
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("line", LINES)
+def test_a_shell_line_of_the_readme_runs(line: str, tmp_path: Path) -> None:
+    """Each line of the shell blocks exits 0, from the root of the repository."""
+    assert line.startswith("python "), f"the README's shell blocks hold python commands; found {line!r}"
+    command = [sys.executable, *line.split()[1:]]
+    if "--run.dir" in command:
+        command[command.index("--run.dir") + 1] = str(tmp_path)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_there_are_shell_lines() -> None:
+    """The README shows commands at all."""
+    assert len(LINES) >= 2
+
+
+def test_links_and_pictures_of_the_documents_exist() -> None:
+    """Every relative link in README.md and docs/ points to a file."""
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text("utf-8")):
+            if not target.startswith("http"):
+                assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_every_dependency_is_explained() -> None:
+    """Each dependency of pyproject.toml stands in the README's table."""
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    names = re.findall(r'^ {4}"([A-Za-z0-9_-]+)', project.split("[tool.")[0], flags=re.MULTILINE)
+    assert len(names) > 15
+    for name in names:
+        assert re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", README.split("## Dependencies")[1]), name
