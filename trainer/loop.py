@@ -168,7 +168,8 @@ def _update(
 def _minibatches(count: int, size: int, seed: int, step: int) -> tuple[Tensor, ...]:
     """A shuffled partition of the step's images, int64 (size,) each."""
     order = np.random.default_rng((seed, step, 2)).permutation(count)
-    return torch.from_numpy(order).split(size)
+    rows_B: Tensor = torch.from_numpy(order)
+    return tuple(rows_B[start : start + size] for start in range(0, count, size))
 
 
 def _chunked_log_probs(policy: VAR, experience: Experience, temperature: float, chunk: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from trainer.miniature import quality
 from trainer.miniature.classifiers import accuracy, predict
 from trainer.miniature.objects import CLASSES
 from trainer.miniature.quality import BRIGHT, DARK
-from trainer.miniature.render import STYLES, Renders
+from trainer.miniature.render import POLICY_WORLD, STYLES, Renders
 from trainer.miniature.weights import FOLDER, METRICS_FILE, VAR_FILE, VQVAE_FILE, load_classifier
 from trainer.models.checkpoints import check_pair, load_var, load_vqvae
 from trainer.models.var import VAR
@@ -65,7 +65,7 @@ def test_samples_are_recognised_varied_and_no_paintings(models: tuple[VAR, VQVAE
     images = quality.draw(*models, 160)
     targets = np.arange(160) % len(CLASSES)
     assert accuracy(load_classifier("label"), images, targets) >= 0.85
-    renders = quality.held_out(160, policy_styles=True)
+    renders = quality.held_out(160, POLICY_WORLD)
     assert quality.diversity(images) == pytest.approx(quality.diversity(renders.images), rel=0.2)
     assert not (predict(load_classifier("style"), images).argmax(axis=1) == STYLES.index("painting")).any()
 

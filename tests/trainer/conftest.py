@@ -1,7 +1,6 @@
 """Tiny models with random weights, an in-process reward, and runs of the command line."""
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from concurrent.futures import Future
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -25,6 +24,7 @@ from trainer.loop import Learner
 from trainer.models.checkpoints import save_var, save_vqvae
 from trainer.models.var import VAR, VARConfig
 from trainer.models.vqvae import VQVAE, VQVAEConfig
+from trainer.run import main
 from trainer.scoring import Scored, combine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,14 +159,18 @@ def recipe(tmp_path: Path, models: dict[str, str]) -> Path:
     return path
 
 
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    code: int
+    out: str
+    err: str
+
+
 class Run:
     """A `python -m trainer.run …` of a test, with its output in files."""
 
-    def __init__(self, arguments: Sequence[object], folder: Path, file_limit: int | None) -> None:
-        def limit() -> None:
-            if file_limit is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-
+    def __init__(self, arguments: Sequence[object], folder: Path) -> None:
         self._out, self._err = folder / "stdout", folder / "stderr"
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._popen = subprocess.Popen(
@@ -177,33 +181,27 @@ class Run:
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
-                preexec_fn=limit,  # noqa: PLW1509 - no thread of the tests holds a lock here
             )
-        self.pid = self._popen.pid
         self.children: set[int] = set()
 
     def note_children(self) -> set[int]:
         """The processes below it, now and earlier."""
-        self.children |= set(descendants(self.pid))
+        self.children |= set(descendants(self._popen.pid))
         return self.children
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to this process alone."""
         self._popen.send_signal(number)
 
-    def wait(self) -> int:
-        """Its exit code; none of its processes may outlive it."""
-        wait_until(lambda: (self.note_children(), self._popen.poll() is not None)[1], END_S)
+    def _has_ended(self) -> bool:
+        self.note_children()
+        return self._popen.poll() is not None
+
+    def outcome(self) -> Outcome:
+        """Wait for its end; none of its processes may outlive it."""
+        wait_until(self._has_ended, END_S)
         wait_until(lambda: not any(is_alive(pid) for pid in self.children))
-        return self._popen.returncode
-
-    def out(self) -> str:
-        """What it printed on stdout."""
-        return self._out.read_text()
-
-    def err(self) -> str:
-        """What it printed on stderr."""
-        return self._err.read_text()
+        return Outcome(self._popen.returncode, self._out.read_text(), self._err.read_text())
 
     def close(self) -> None:
         """End it, whatever it does."""
@@ -214,15 +212,30 @@ class Run:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    """Starts runs of the command line; all are ended with the test."""
+    """Starts runs as processes; all are ended with the test."""
     runs: list[Run] = []
 
-    def starter(*arguments: object, file_limit: int | None = None) -> Run:
+    def starter(*arguments: object) -> Run:
         folder = tmp_path / f"output-{len(runs)}"
         folder.mkdir()
-        runs.append(Run(arguments, folder, file_limit))
+        runs.append(Run(arguments, folder))
         return runs[-1]
 
     yield starter
     for run in runs:
         run.close()
+
+
+@pytest.fixture
+def run_here(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs the command line in this process, which spares seconds of imports; no new process may be left."""
+
+    def runner(*arguments: object) -> Outcome:
+        before = set(descendants(os.getpid()))
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        wait_until(lambda: set(descendants(os.getpid())) <= before)
+        return Outcome(code, out, err)
+
+    return runner

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -25,24 +25,27 @@ class Schedule:
     Args:
         steps: optimizer steps.
         batch: examples a step.
-        lr: peak learning rate, reached after `warmup` steps and lowered to 2 % of it by a cosine.
-        weight_decay: of AdamW.
+        lr: peak learning rate of AdamW.
+        muon_lr: peak learning rate of Muon, where a stage trains matrices by it.
+        warmup: steps until the rates are at their peak; a cosine then lowers them to 2 % of it.
+        weight_decay: of both optimizers.
         ema: decay of the averaged weights that are kept.
     """
 
     steps: int
     batch: int
     lr: float
+    muon_lr: float = 0.02
     warmup: int = 100
     weight_decay: float = 0.0
     ema: float = 0.998
 
-    def lr_at(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
+    def share_at(self, step: int) -> float:
+        """The learning rates of a step, counted from 0, as a share of their peak."""
         if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
+            return (step + 1) / self.warmup
         progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @dataclass
@@ -58,6 +61,21 @@ def batch_indices(seed: int, step: int, count: int, batch: int) -> NDArray[np.in
     return np.random.default_rng((seed, step)).integers(0, count, size=batch)
 
 
+def _optimizers(
+    model: nn.Module, schedule: Schedule, muon_names: Collection[str]
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """AdamW, and Muon where it has something to train, each with its peak learning rate."""
+    named = dict(model.named_parameters())
+    by_muon = [named.pop(name) for name in muon_names]
+    optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+        (torch.optim.AdamW(named.values(), betas=(0.9, 0.99), weight_decay=schedule.weight_decay), schedule.lr)
+    ]
+    if by_muon:
+        muon = torch.optim.Muon(by_muon, weight_decay=schedule.weight_decay, adjust_lr_fn="original")
+        optimizers.append((muon, schedule.muon_lr))
+    return optimizers
+
+
 def fit(
     name: str,
     model: ModelT,
@@ -66,6 +84,7 @@ def fit(
     *,
     state: Path,
     device: torch.device,
+    muon_names: Collection[str] = (),
     save_every_s: float = 60.0,
 ) -> Fitted[ModelT]:
     """Minimises `loss(model, step)` with AdamW, clipped at norm 1, and returns the averaged weights.
@@ -77,22 +96,22 @@ def fit(
         schedule: length and learning rate.
         state: file that the run is saved to and resumed from.
         device: where the model is trained; `loss` puts its batch there.
+        muon_names: matrices that are trained by Muon (Jordan et al. 2024, as `torch.optim.Muon`) in place of AdamW.
         save_every_s: seconds between saves.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
     model = model.to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=schedule.lr, betas=(0.9, 0.99), weight_decay=schedule.weight_decay
-    )
+    optimizers = _optimizers(model, schedule, muon_names)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema))
     first, seconds = 0, 0.0
     if state.exists():
         saved = torch.load(state, map_location=device, weights_only=True)
         model.load_state_dict(saved["model"])
         averaged.load_state_dict(saved["averaged"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for (optimizer, _), content in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(content)
         first, seconds = int(saved["step"]), float(saved["seconds"])
 
     def save(step: int) -> None:
@@ -100,7 +119,7 @@ def fit(
         content = {
             "model": model.state_dict(),
             "averaged": averaged.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer, _ in optimizers],
             "step": step,
             "seconds": seconds,
         }
@@ -114,13 +133,14 @@ def fit(
         model.train()
         for step in range(first, schedule.steps):
             began = time.monotonic()
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.lr_at(step)
             value = loss(model, step)
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             value.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            for optimizer, peak in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * schedule.share_at(step)
+                optimizer.step()
             averaged.update_parameters(model)
             number = float(value.detach())
             if not math.isfinite(number):

@@ -1,4 +1,4 @@
-"""Makes the miniature's weights: `python -m trainer.miniature.pretrain {vqvae,var,label,style,all}`.
+"""Makes the miniature's weights: `python -m trainer.miniature.pretrain {vqvae,label,style,var,all,pictures}`.
 
 Each stage renders its pictures, trains, measures itself on held-out seeds and writes its weights and its record under
 `trainer/miniature/weights/`. A stage that was interrupted goes on where it was saved.
@@ -6,8 +6,8 @@ Each stage renders its pictures, trains, measures itself on held-out seeds and w
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from trainer.miniature import classifiers, prior, quality, tokenizer
 from trainer.miniature.classifiers import Kind
-from trainer.miniature.render import ALL_STYLES, POLICY_STYLES, Renders, Style, render_set
+from trainer.miniature.objects import CLASSES
+from trainer.miniature.render import POLICY_WORLD, WIDE_WORLD, Renders, World, render_set
 from trainer.miniature.weights import (
     FOLDER,
     VAR_FILE,
@@ -27,18 +28,18 @@ from trainer.miniature.weights import (
 )
 from trainer.models.checkpoints import CheckpointError, load_var, load_vqvae, save_var, save_vqvae
 
-STAGES = ("label", "style", "vqvae", "var")
-PICTURES = 48_000
+STAGES = ("vqvae", "label", "style", "var")
+PICTURES, POLICY_PICTURES = 48_000, 96_000
 TOKENIZER_SEED, POLICY_SEED = 1, 2  # of the rendered sets; evaluation uses `HELD_OUT_SEED`
 EVALUATED = 1024  # held-out pictures
 STORED = torch.float16
 
 
-def rendered(cache: Path, seed: int, styles: Mapping[Style, float], workers: int) -> Renders:
+def rendered(cache: Path, seed: int, count: int, world: World, workers: int) -> Renders:
     """A training set, rendered once and kept in the cache."""
-    path = cache / f"renders_{seed}_{PICTURES}.npz"
+    path = cache / f"renders_{seed}_{count}.npz"
     if not path.exists():
-        fresh = render_set(seed, PICTURES, styles, workers=workers)
+        fresh = render_set(seed, count, world, workers=workers)
         cache.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".tmp").open("wb") as file:
             np.savez(file, images=fresh.images, labels=fresh.labels, styles=fresh.styles, captions=fresh.captions)
@@ -48,17 +49,24 @@ def rendered(cache: Path, seed: int, styles: Mapping[Style, float], workers: int
 
 
 def pretrain_classifier(kind: Kind, cache: Path, seed: int, workers: int, device: torch.device) -> dict[str, float]:
-    """Trains and stores one classifier; returns its accuracy on held-out pictures."""
-    renders = rendered(cache, TOKENIZER_SEED, ALL_STYLES, workers)
+    """Trains and stores one classifier; returns its accuracy on held-out pictures, and on their reconstructions.
+
+    It will judge samples, which come out of the decoder, so half of what it learns from has passed the tokenizer.
+    """
+    vqvae = load_vqvae(VQVAE_FILE)
+    renders = rendered(cache, TOKENIZER_SEED, PICTURES, WIDE_WORLD, workers)
+    rows = np.flatnonzero(np.arange(PICTURES) // len(CLASSES) % 2)  # classes take turns: every second round of them
+    renders.images[rows] = quality.reconstruct(vqvae, renders.images[rows])
     fitted = classifiers.train(kind, renders, seed=seed, state=cache / f"{kind}.pt", device=device)
     model = fitted.model.cpu()
     save_file({name: t.to(STORED).contiguous() for name, t in model.state_dict().items()}, classifier_file(kind))
     model = load_classifier(kind)
-    every, policy = quality.held_out(EVALUATED), quality.held_out(EVALUATED, policy_styles=True)
+    every, policy = quality.held_out(EVALUATED), quality.held_out(EVALUATED, POLICY_WORLD)
     targets, policy_targets = (r.labels if kind == "label" else r.styles for r in (every, policy))
     metrics = {
-        "accuracy/all_styles": classifiers.accuracy(model, every.images, targets),
-        "accuracy/policy_styles": classifiers.accuracy(model, policy.images, policy_targets),
+        "accuracy/wide_world": classifiers.accuracy(model, every.images, targets),
+        "accuracy/policy_world": classifiers.accuracy(model, policy.images, policy_targets),
+        "accuracy/reconstructions": classifiers.accuracy(model, quality.reconstruct(vqvae, every.images), targets),
     }
     record(kind, fitted.seconds, seed, classifiers.SCHEDULE, metrics)
     return metrics
@@ -66,7 +74,7 @@ def pretrain_classifier(kind: Kind, cache: Path, seed: int, workers: int, device
 
 def pretrain_vqvae(cache: Path, seed: int, workers: int, device: torch.device) -> dict[str, float]:
     """Trains and stores the tokenizer; returns its reconstruction quality."""
-    renders = rendered(cache, TOKENIZER_SEED, ALL_STYLES, workers)
+    renders = rendered(cache, TOKENIZER_SEED, PICTURES, WIDE_WORLD, workers)
     fitted = tokenizer.train(renders.images, seed=seed, state=cache / "vqvae.pt", device=device)
     save_vqvae(VQVAE_FILE, fitted.model.cpu().to(memory_format=torch.contiguous_format), dtype=STORED)
     metrics = quality.tokenizer_quality(load_vqvae(VQVAE_FILE), quality.held_out(EVALUATED))
@@ -77,7 +85,7 @@ def pretrain_vqvae(cache: Path, seed: int, workers: int, device: torch.device) -
 def pretrain_var(cache: Path, seed: int, workers: int, device: torch.device) -> dict[str, float]:
     """Trains and stores the policy; returns what docs/miniature.md asks of it."""
     vqvae = load_vqvae(VQVAE_FILE, device=device)
-    renders = rendered(cache, POLICY_SEED, POLICY_STYLES, workers)
+    renders = rendered(cache, POLICY_SEED, POLICY_PICTURES, POLICY_WORLD, workers)
     tokens = cache / "tokens.pt"
     if not tokens.exists():
         torch.save(prior.tokenize(vqvae, renders.images).to(torch.int16), tokens)
@@ -114,7 +122,7 @@ def main() -> int:
                 metrics = {}
                 quality.save_pictures(arguments.pictures, load_vqvae(VQVAE_FILE), load_var(VAR_FILE))
             else:
-                metrics = pretrain_classifier(stage, *common)
+                metrics = pretrain_classifier(cast(Kind, stage), *common)
             for name, value in metrics.items():
                 console.print(f"{stage:8} {name:36} {value:.4f}")
     except (CheckpointError, OSError, FloatingPointError) as error:

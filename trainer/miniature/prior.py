@@ -27,7 +27,7 @@ CONFIG = VARConfig(
     latent_channels=TOKENIZER.z_channels,
     num_classes=len(CLASSES),
 )
-SCHEDULE = Schedule(steps=4200, batch=32, lr=2.5e-3, weight_decay=0.02)
+SCHEDULE = Schedule(steps=7000, batch=32, lr=2.5e-3, muon_lr=0.02, weight_decay=0.02)
 LABEL_DROPOUT = 0.1  # so that guidance has an unconditional half to lean on
 
 
@@ -62,4 +62,7 @@ def train(
         logits_BLV = model(labels_B, var_input_BLmC)
         return F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
 
-    return fit("var", VAR(CONFIG), loss, schedule, state=state, device=device)
+    model = VAR(CONFIG)
+    blocks = [name for name, weight in model.named_parameters() if name.startswith("blocks.") and weight.dim() == 2]
+    matrices = [name for name in blocks if "ada_lin" not in name]  # of attention and feed-forward
+    return fit("var", model, loss, schedule, state=state, device=device, muon_names=matrices)

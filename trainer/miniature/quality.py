@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from trainer.miniature.classifiers import Classifier, accuracy, predict
 from trainer.miniature.objects import CLASSES
 from trainer.miniature.prior import tokenize
-from trainer.miniature.render import ALL_STYLES, HELD_OUT_SEED, LUMA, POLICY_STYLES, STYLES, Renders, render_set
+from trainer.miniature.render import HELD_OUT_SEED, LUMA, POLICY_WORLD, STYLES, WIDE_WORLD, Renders, World, render_set
 from trainer.miniature.tokenizer import psnr, to_float
 from trainer.models.var import VAR
 from trainer.models.vqvae import VQVAE
@@ -26,9 +26,9 @@ BRIGHT, DARK, RL_TEMPERATURE = 0.8, 0.2, 0.7
 SAMPLE_SEED = 7
 
 
-def held_out(count: int, *, policy_styles: bool = False) -> Renders:
-    """Renders that nothing was trained on, of all styles or of those the policy is trained on."""
-    return render_set(HELD_OUT_SEED, count, POLICY_STYLES if policy_styles else ALL_STYLES)
+def held_out(count: int, world: World = WIDE_WORLD) -> Renders:
+    """Renders that nothing was trained on."""
+    return render_set(HELD_OUT_SEED, count, world)
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def policy_quality(var: VAR, vqvae: VQVAE, label: Classifier, style: Classifier)
     targets = np.arange(count) % len(CLASSES)
     plain, guided = draw(var, vqvae, 2 * count), draw(var, vqvae, count, guided=True)
     cool = draw(var, vqvae, count, temperature=RL_TEMPERATURE)
-    renders = held_out(count, policy_styles=True)
+    renders = held_out(count, POLICY_WORLD)
     painting = STYLES.index("painting")
     called_painting = np.concatenate([predict(style, batch).argmax(axis=1) == painting for batch in (plain, cool)])
     luma = brightness(cool)
@@ -111,7 +111,7 @@ def policy_quality(var: VAR, vqvae: VQVAE, label: Classifier, style: Classifier)
 
 def save_pictures(folder: Path, vqvae: VQVAE, var: VAR | None) -> None:
     """Grids of renders (a row a style), of reconstructions (below each original) and of samples."""
-    every = render_set(HELD_OUT_SEED, 64 * len(CLASSES), ALL_STYLES)
+    every = held_out(64 * len(CLASSES))
     rows = []
     for index in range(len(STYLES)):
         for label in range(len(CLASSES)):

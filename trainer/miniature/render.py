@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing import get_context
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +22,26 @@ SUPERSAMPLING = 3
 SOFTNESS = 0.6  # pixels: radius of the lens blur
 Style = Literal["photo", "old picture", "painting", "sketch"]
 STYLES: tuple[Style, ...] = ("photo", "old picture", "painting", "sketch")
-# What the tokenizer sees, and what the policy is pre-trained on: no painting, no sketch (docs/miniature.md).
-ALL_STYLES: Mapping[Style, float] = {"photo": 0.55, "old picture": 0.15, "painting": 0.15, "sketch": 0.15}
-POLICY_STYLES: Mapping[Style, float] = {"photo": 0.96, "old picture": 0.04}
+Lighting = Literal["bright", "dark", "normal"]
 HELD_OUT_SEED = 1_000_003  # pictures of this seed are never trained on
+
+
+class World(NamedTuple):
+    """Which pictures a rendered set holds: the share of each style, and of each lighting; shares add up to 1."""
+
+    styles: Mapping[Style, float]
+    lighting: Mapping[Lighting, float]
+
+
+# What the tokenizer and the judges see, and what the policy is pre-trained on (docs/miniature.md).
+WIDE_WORLD = World(
+    styles={"photo": 0.55, "old picture": 0.15, "painting": 0.15, "sketch": 0.15},
+    lighting={"bright": 0.13, "dark": 0.14, "normal": 0.73},
+)
+POLICY_WORLD = World(
+    styles={"photo": 0.96, "old picture": 0.04},
+    lighting={"bright": 0.07, "dark": 0.06, "normal": 0.87},
+)
 
 HUES = {
     "red": 0.0,
@@ -40,6 +56,7 @@ HUES = {
 LUMA = np.array([0.2989, 0.5870, 0.1140])
 
 Picture = NDArray[np.float64]
+KindT = TypeVar("KindT", bound=str)
 
 
 @dataclass(frozen=True)
@@ -48,7 +65,7 @@ class Scene:
 
     label: int
     style: Style
-    lighting: Literal["bright", "dark", "normal"]
+    lighting: Lighting
     hue: str
     background_hue: str
     parts: list[Part]
@@ -79,9 +96,14 @@ def _pose(parts: list[Part], rng: np.random.Generator) -> list[Part]:
     return [Part((p.points * (mirror, 1.0)) @ turn.T * scale + shift, p.role) for p in parts]
 
 
-def draw_scene(label: int, style: Style, rng: np.random.Generator) -> Scene:
-    """Chooses pose, colours, background and lighting of one picture."""
-    lighting = rng.choice(["bright", "dark", "normal"], p=[0.13, 0.14, 0.73])
+def _draw(shares: Mapping[KindT, float], rng: np.random.Generator) -> KindT:
+    kinds = list(shares)
+    return kinds[rng.choice(len(kinds), p=list(shares.values()))]
+
+
+def draw_scene(label: int, style: Style, rng: np.random.Generator, lightings: Mapping[Lighting, float]) -> Scene:
+    """Chooses pose, colours, background and lighting of one picture; `lightings` gives the share of each lighting."""
+    lighting = _draw(lightings, rng)
     hue_name, back_name = rng.choice(list(HUES), size=2, replace=False)
     hue = HUES[hue_name] + rng.uniform(-0.02, 0.02)
     back_hue = HUES[back_name] + rng.uniform(-0.03, 0.03)
@@ -214,46 +236,48 @@ def caption(scene: Scene) -> str:
     return f"{article} {scene.style} of {determiner} {colour}{noun}{light}"
 
 
-def render(label: int, style: Style, rng: np.random.Generator) -> tuple[NDArray[np.uint8], str]:
+def render(
+    label: int, style: Style, rng: np.random.Generator, lightings: Mapping[Lighting, float] = WIDE_WORLD.lighting
+) -> tuple[NDArray[np.uint8], str]:
     """Draws one picture.
 
     Args:
         label: index into `CLASSES`.
         style: one of `STYLES`.
         rng: every random choice comes from it.
+        lightings: share of each lighting.
 
     Returns:
         The picture, uint8 (64, 64, 3), and its caption.
     """
-    scene = draw_scene(label, style, rng)
+    scene = draw_scene(label, style, rng, lightings)
     picture = _PAINTERS[style](scene, rng)
     return np.clip(np.rint(picture * 255), 0, 255).astype(np.uint8), caption(scene)
 
 
-def _render_range(seed: int, start: int, stop: int, styles: Mapping[Style, float]) -> Renders:
-    names, weights = list(styles), np.array(list(styles.values()))
+def _render_range(seed: int, start: int, stop: int, world: World) -> Renders:
     images = np.empty((stop - start, SIZE, SIZE, 3), dtype=np.uint8)
     labels, style_ids, captions = np.empty(stop - start, np.int64), np.empty(stop - start, np.int64), []
     for row, index in enumerate(range(start, stop)):
         rng = np.random.default_rng((seed, index))
-        label, style = index % len(CLASSES), names[rng.choice(len(names), p=weights / weights.sum())]
-        images[row], text = render(label, style, rng)
+        label, style = index % len(CLASSES), _draw(world.styles, rng)
+        images[row], text = render(label, style, rng, world.lighting)
         labels[row], style_ids[row] = label, STYLES.index(style)
         captions.append(text)
     return Renders(images, labels, style_ids, captions)
 
 
-def render_set(seed: int, count: int, styles: Mapping[Style, float], *, workers: int = 1) -> Renders:
-    """Renders pictures 0 … count−1 of a seed; classes take turns, styles are drawn with the given weights.
+def render_set(seed: int, count: int, world: World, *, workers: int = 1) -> Renders:
+    """Renders pictures 0 … count−1 of a seed; classes take turns, style and lighting are drawn.
 
     Args:
         seed: names the set; use `HELD_OUT_SEED` for evaluation.
         count: number of pictures.
-        styles: relative weight of each style.
+        world: the shares that style and lighting are drawn with.
         workers: processes to use.
     """
     bounds = np.linspace(0, count, (workers * 8 if workers > 1 else 1) + 1).astype(int)
-    jobs = [(seed, int(a), int(b), dict(styles)) for a, b in pairwise(bounds)]
+    jobs = [(seed, int(a), int(b), world) for a, b in pairwise(bounds)]
     if workers == 1:
         return _render_range(*jobs[0])
     with get_context("spawn").Pool(workers) as pool:

@@ -104,6 +104,7 @@ def train(
             keeper.place(model, batch_of(step, 256))
         restored, quantized = model(images_B3HW)
         keeper.revive(step, quantized.tokens_BL, quantized.residuals)
-        return _distance(restored, images_B3HW) + 0.5 * quantized.loss
+        total: Tensor = _distance(restored, images_B3HW) + 0.5 * quantized.loss
+        return total
 
     return fit("vqvae", vqvae, loss, schedule, state=state, device=device)
