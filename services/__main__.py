@@ -4,12 +4,21 @@ Only what the chosen role needs is imported, so that `serve` has its children lo
 """
 
 import argparse
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from services.processes import StartError, announce, bind, die_with_parent, start_logging
+from services.processes import (
+    EXIT_INTERRUPTED,
+    StartError,
+    announce,
+    bind,
+    die_with_parent,
+    inherit,
+    open_standard_streams,
+    reserve_stdout,
+    start_logging,
+)
 
 EXIT_ERROR = 1
 
@@ -55,8 +64,8 @@ def run(options: argparse.Namespace) -> int:
 
     start_logging(quiet=options.announce and not options.verbose, file=options.log_file)
     check_names(options.names if options.role == "serve" else [options.name])
-    settings = load_settings()
-    redis_url = options.redis_url or settings.redis_url
+    settings = load_settings(redis_url=options.redis_url)
+    redis_url = settings.redis_url
     if options.role == "serve":
         from services.supervisor import ServeOptions, serve  # noqa: PLC0415
 
@@ -80,21 +89,23 @@ def run(options: argparse.Namespace) -> int:
         return run_worker(options.name, redis_url, settings, announces=options.announce)
     from services.roles.api import run_api  # noqa: PLC0415
 
-    listener = bind(options.host, options.port) if options.fd is None else socket.socket(fileno=options.fd)
-    with listener:
+    with bind(options.host, options.port) if options.fd is None else inherit(options.fd) as listener:
         return run_api(options.name, listener, redis_url, settings, announces=options.announce)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, and turn an expected error into one line and an exit code."""
+    open_standard_streams()
     options = parse_arguments(arguments)
-    if options.parent is not None:
-        die_with_parent(options.parent)
+    if options.announce:
+        reserve_stdout()
     try:
+        if options.parent is not None:
+            die_with_parent(options.parent)
         return run(options)
     except KeyboardInterrupt:
-        return 130
-    except (ValueError, RuntimeError) as error:
+        return EXIT_INTERRUPTED
+    except (ValueError, RuntimeError, OSError) as error:
         line = " ".join(str(error).split()) or type(error).__name__
         if options.parent is not None:
             announce({"error": line})

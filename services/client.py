@@ -3,7 +3,7 @@
 Errors::
 
     RewardError
-    ├── RewardUnavailable       no connection, or 429, 502, 503, 504 until the attempts were spent
+    ├── RewardUnavailable       no connection, or 502, 503, 504, until the attempts were spent
     ├── RewardDeadlineExceeded  the deadline passed first
     ├── RewardRefused           another status that is no success: the request is at fault, or the reward failed
     └── RewardAnswerInvalid     an answer with a missing, extra or non-finite score, or that is no answer at all
@@ -113,7 +113,8 @@ class RewardClient:
             url: address of the service, `http://` or `https://`.
             token: bearer token, if the service wants one.
             timeout_s: longest wait for one answer, in seconds.
-            attempts: how often one request is sent at most; the deadline of `score` bounds them too.
+            attempts: how often one request may fail; an answer that asks to come back later (429 or 503 with
+                Retry-After) does not count, for the deadline of `score` bounds them all.
             concurrency: requests in flight at once.
             transport: in place of the network, for tests.
 
@@ -272,17 +273,22 @@ class RewardClient:
 
     async def _send(self, method: str, path: str, content: bytes, headers: dict[str, str], gives_up_s: float) -> bytes:
         """Send a request until it succeeds, is refused, or attempts or time are spent; return the answer's body."""
-        reason = "no answer"
+        reason, failures = "no answer", 0
+
+        def wait(error: Exception) -> bool | float:
+            return _wait(error) if failures < self._attempts else False
+
         try:
             async with asyncio.timeout(max(0.0, gives_up_s - time.monotonic())):
                 async for attempt in stamina.retry_context(
-                    on=_wait, attempts=self._attempts, timeout=None, wait_initial=0.1, wait_max=5.0, wait_jitter=0.1
+                    on=wait, attempts=None, timeout=None, wait_initial=0.1, wait_max=5.0, wait_jitter=0.1
                 ):
                     with attempt:
                         try:
                             return await self._send_once(method, path, content, headers, gives_up_s)
                         except _TryAgain as error:
                             reason = str(error)
+                            failures += error.after_s is None
                             raise
         except TimeoutError:
             raise RewardDeadlineExceeded(

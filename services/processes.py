@@ -11,11 +11,12 @@ import socket
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 PR_SET_PDEATHSIG = 1
 EXIT_INTERRUPTED = 130
 LISTEN_BACKLOG = 2048
+LAST_PORT = 65535
 
 
 class StartError(RuntimeError):
@@ -51,12 +52,40 @@ def start_logging(*, quiet: bool, file: Path | None) -> None:
         raise StartError(f"log file {file} cannot be written ({error.strerror}): choose another --log-file") from error
 
 
+def describe(error: Exception) -> str:
+    """An error of any kind in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
+
+
+def open_standard_streams() -> None:
+    """Put /dev/null in the place of a standard stream that is closed, lest a socket or file take its number."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+
+
+def inherit(descriptor: int) -> socket.socket:
+    """The listening socket that a parent passed on.
+
+    Raises:
+        StartError: the descriptor is no socket.
+    """
+    try:
+        return socket.socket(fileno=descriptor)
+    except OSError as error:
+        raise StartError(f"descriptor {descriptor} is no socket ({error.strerror}): give --port instead") from error
+
+
 def bind(host: str, port: int) -> socket.socket:
     """Bind and listen; port 0 takes a free one.
 
     Raises:
         StartError: the address cannot be had; the message names it.
     """
+    if not 0 <= port <= LAST_PORT:  # the system would take the rest of a division by 65536
+        raise StartError(f"port {port} does not exist: choose a --port from 0 to {LAST_PORT}")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -67,8 +96,8 @@ def bind(host: str, port: int) -> socket.socket:
         except BaseException:
             listener.close()
             raise
-    except (OSError, OverflowError) as error:
-        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
             remedy = "is in use: choose another --port, or 0 for a free one"
         else:
             remedy = f"cannot be listened on ({error}): choose another --host or --port"
@@ -97,9 +126,19 @@ def stop_on_signals(stop: asyncio.Event, numbers: Iterable[signal.Signals]) -> l
     return received
 
 
+_announcements: list[TextIO] = []
+"""Where announcements go, once stdout is reserved for them."""
+
+
+def reserve_stdout() -> None:
+    """Keep stdout for announcements: whatever else is printed, by a reward for instance, goes to stderr."""
+    _announcements.append(os.fdopen(os.dup(1), "w"))
+    os.dup2(2, 1)
+
+
 def announce(message: dict[str, Any]) -> None:
     """Print one JSON line on stdout; a reader that has gone is no error."""
     try:
-        print(json.dumps(message), flush=True)
+        print(json.dumps(message), flush=True, file=_announcements[-1] if _announcements else sys.stdout)
     except BrokenPipeError:
         logging.getLogger(__name__).warning("nobody reads the announcement")

@@ -18,9 +18,10 @@ MEDIA_JSON = "application/json"
 MEDIA_PROBLEM = "application/problem+json"
 
 HEADER_DEADLINE_MS = "X-Deadline-Ms"
-"""Milliseconds, counted from the arrival of the request, after which its caller no longer wants the answer."""
+"""Milliseconds, counted from the arrival of the request, after which its caller no longer wants the answer; more than
+the service's own limit means that limit."""
 HEADER_REQUEST_ID = "X-Request-Id"
-"""A name for the request that appears in the logs of client, service and worker."""
+"""A name for the request that appears in the service's log and in its answer."""
 HEADER_RETRY_AFTER = "Retry-After"
 """Seconds to wait before the next attempt, with 429 and 503."""
 
@@ -60,8 +61,9 @@ class ScoreRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    images: list[str] = Field(min_length=1, description="base64 of PNG, JPEG or WebP files")
-    prompts: list[str] | None = Field(default=None, description="one prompt for each image")
+    # Stopping at the first wrong item: an error for each of millions would take a thousand times the body's memory.
+    images: list[str] = Field(min_length=1, fail_fast=True, description="base64 of PNG, JPEG or WebP files")
+    prompts: list[str] | None = Field(default=None, fail_fast=True, description="one prompt for each image")
 
 
 class Timing(BaseModel):

@@ -20,6 +20,8 @@ LOCK_NAME = "owner.lock"
 LOG_NAME = "redis.log"
 SOCKET_PATH_LIMIT = 100
 """A unix socket's path may have 108 bytes on Linux and 104 elsewhere."""
+SHORT_ROOT = "/tmp"  # noqa: S108 - only mkdtemp writes there
+"""Where the directory goes if the system's temporary one has too long a path."""
 START_S = 10.0
 STOP_S = 5.0
 ORPHAN_AGE_S = 60.0
@@ -174,15 +176,25 @@ def _fresh_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix=DIRECTORY_PREFIX))
     if len(str(folder / SOCKET_NAME)) > SOCKET_PATH_LIMIT:
         folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix=DIRECTORY_PREFIX, dir="/tmp"))
+        folder = Path(tempfile.mkdtemp(prefix=DIRECTORY_PREFIX, dir=SHORT_ROOT))
     return folder
 
 
 def _remove_orphans() -> None:
     """Remove the directories of owners that were killed: those whose lock nobody holds any more."""
-    for lock in Path(tempfile.gettempdir()).glob(f"{DIRECTORY_PREFIX}*/{LOCK_NAME}"):
-        with contextlib.suppress(OSError), lock.open("rb") as file:
-            if time.time() - lock.stat().st_mtime < ORPHAN_AGE_S:
-                continue
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for root in {tempfile.gettempdir(), SHORT_ROOT}:
+        for lock in Path(root).glob(f"{DIRECTORY_PREFIX}*/{LOCK_NAME}"):
+            with contextlib.suppress(OSError):
+                _remove_if_orphan(lock)
+
+
+def _remove_if_orphan(lock: Path) -> None:
+    if lock.parent.lstat().st_uid != os.getuid():
+        return
+    descriptor = os.open(lock, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    try:
+        if time.time() - os.fstat(descriptor).st_mtime >= ORPHAN_AGE_S:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.parent, ignore_errors=True)
+    finally:
+        os.close(descriptor)

@@ -3,6 +3,7 @@
 Every variable begins with `REWARD_`, but for `REDIS_URL`, which others share.
 """
 
+import os
 from typing import Self
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, model_validator
@@ -36,7 +37,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=64 * 2**20, ge=1024, description="bytes of a body, packed or decoded")
     max_pixels: int = Field(default=2048 * 2048, ge=1, description="width times height of one image")
     max_prompt_chars: int = Field(default=1000, ge=1, description="characters of one prompt")
-    max_deadline_s: float = Field(default=600, gt=0, description="longest deadline that a request may ask for")
+    max_deadline_s: float = Field(default=600, gt=0, description="longest deadline that a request is given")
     default_deadline_s: float = Field(default=60, gt=0, description="deadline of a request that names none")
 
     job_images: int = Field(default=16, ge=1, description="images in one job")
@@ -71,8 +72,16 @@ class Settings(BaseSettings):
         return self
 
 
-def load_settings() -> Settings:
+def environment_of_children(redis_url: str) -> dict[str, str]:
+    """The environment for processes of ours that shall use this Redis; no list of processes shows its password."""
+    return {**os.environ, "REDIS_URL": redis_url}
+
+
+def load_settings(*, redis_url: str | None = None) -> Settings:
     """Read the settings from the environment.
+
+    Args:
+        redis_url: in place of the environment's.
 
     Returns:
         The validated settings.
@@ -81,9 +90,9 @@ def load_settings() -> Settings:
         SettingsError: a variable is out of range; the message names the first one in one line.
     """
     try:
-        return Settings()
+        return Settings() if redis_url is None else Settings(redis_url=redis_url)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = str(first["loc"][0]) if first["loc"] else ""
-        name = field if field.isupper() else f"REWARD_{field}".upper().rstrip("_")
+        name = "REDIS_URL" if field.lower() == "redis_url" else f"REWARD_{field}".upper().rstrip("_")
         raise SettingsError(f"{name}: {first['msg']}") from None

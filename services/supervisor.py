@@ -15,6 +15,7 @@ from typing import Any
 
 from services.processes import EXIT_INTERRUPTED, StartError, announce, bind, stop_on_signals, url_of
 from services.redis_server import RedisServer
+from services.settings import environment_of_children
 
 logger = logging.getLogger(__name__)
 
@@ -97,13 +98,14 @@ async def _supervise(options: ServeOptions, listeners: Sequence[socket.socket]) 
         if redis_url is None:
             redis = stack.enter_context(RedisServer(max_memory_bytes=2 * options.queue_bytes + REDIS_SPARE_BYTES))
             redis_url = redis.url
+        environment = environment_of_children(redis_url)
         children: list[Child] = []
         urls = {name: url_of(listener) for name, listener in zip(options.names, listeners, strict=True)}
         try:
             for name, listener in zip(options.names, listeners, strict=True):
                 descriptor = listener.fileno()
-                children.append(await _start("api", name, options, redis, "--fd", str(descriptor), fd=descriptor))
-                children.append(await _start("worker", name, options, redis))
+                children.append(await _start("api", name, options, environment, "--fd", str(descriptor), fd=descriptor))
+                children.append(await _start("worker", name, options, environment))
                 listener.close()  # its API listens now; a copy here would take connections that nobody serves
             await _until_stopped(children, redis, stop, urls, announces=options.announces)
         finally:
@@ -112,17 +114,16 @@ async def _supervise(options: ServeOptions, listeners: Sequence[socket.socket]) 
 
 
 async def _start(
-    role: str, name: str, options: ServeOptions, redis: RedisServer | None, *arguments: str, fd: int | None = None
+    role: str, name: str, options: ServeOptions, environment: dict[str, str], *arguments: str, fd: int | None = None
 ) -> Child:
     command = [sys.executable, "-m", "services", role, name, "--announce", "--parent", str(os.getpid()), *arguments]
-    if redis is not None:
-        command += ["--redis-url", redis.url]
     if options.log_file is not None:
         command += ["--log-file", str(options.log_file)]
     if not options.announces:
         command.append("--verbose")
     process = await asyncio.create_subprocess_exec(
         *command,
+        env=environment,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         pass_fds=() if fd is None else (fd,),
@@ -150,6 +151,7 @@ async def _until_stopped(
         if not done:
             raise StartError(f"the services were not ready after {START_S:g} s: see the log")
         if ready in done and not done & watched:
+            ready.result()
             logger.info("ready: %s", urls)
             if announces:
                 announce({"rewards": urls})

@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from pathlib import Path
 
 import torch
 
 from trainer.config import Config, ConfigError
 from trainer.judges import make_judge
 from trainer.loop import Learner
-from trainer.miniature.weights import VAR_FILE, VQVAE_FILE
-from trainer.models.checkpoints import check_pair, load_var, load_vqvae
+from trainer.miniature.weights import FILES, remedy
+from trainer.models.checkpoints import CheckpointError, check_pair, load_var, load_vqvae
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -31,6 +32,15 @@ def make_autocast(device: torch.device, dtype: str) -> Callable[[], AbstractCont
     return lambda: torch.autocast(device.type, torch.bfloat16)
 
 
+def _source(stage: str, wanted: str) -> str | Path:
+    """Where weights are read: the miniature's own file, or what the settings name."""
+    if wanted != "miniature":
+        return wanted
+    if not FILES[stage].is_file():
+        raise CheckpointError(f"{FILES[stage]}: no such file, it comes with the project; {remedy(stage)}")
+    return FILES[stage]
+
+
 def make_learner(config: Config) -> Learner:
     """Loads policy, reference, tokenizer and judge, and makes the optimizer.
 
@@ -41,10 +51,9 @@ def make_learner(config: Config) -> Learner:
     """
     device = choose_device(config.run.device)
     sources = config.model
-    policy = load_var(VAR_FILE if sources.var == "miniature" else sources.var, device=device)
+    policy = load_var(_source("var", sources.var), device=device)
     scales = policy.config.patch_nums
-    vqvae_source = VQVAE_FILE if sources.vqvae == "miniature" else sources.vqvae
-    vqvae = load_vqvae(vqvae_source, patch_nums=scales, device=device)
+    vqvae = load_vqvae(_source("vqvae", sources.vqvae), patch_nums=scales, device=device)
     check_pair(policy, vqvae)
     count = policy.config.num_classes
     classes = config.rollout.classes or tuple(range(count))

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
+import httpx
 import yaml
 from pydantic import (
     BaseModel,
@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from trainer.shaping import Affine, Shape
+from trainer.shaping import Affine, Shape, refuse_booleans
 
 DEFAULT_RECIPE = "mini-bright"
 MAX_CLASSES = 1_000_000  # a mistyped range must not fill the memory
@@ -41,9 +41,7 @@ class _Section(BaseModel):
     @classmethod
     def _refuse_booleans(cls, value: object) -> object:
         """YAML reads `on` and `yes` as true, which would pass for the number 1; no setting is a switch."""
-        if isinstance(value, bool):
-            raise ValueError("give a number, or a text in quotes")
-        return value
+        return refuse_booleans(value)
 
 
 def _expand_range(value: object) -> object:
@@ -135,9 +133,9 @@ class RewardConfig(_Section):
     def _check_url(cls, url: str | None) -> str | None:
         if url is not None:
             try:
-                parts = urlsplit(url)
-                usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-            except ValueError:
+                parts = httpx.URL(url)  # what the client will make of it
+                usable = parts.scheme in {"http", "https"} and bool(parts.host) and parts.port != 0
+            except (httpx.InvalidURL, ValueError):
                 usable = False
             if not usable or any(character.isspace() for character in url):
                 raise ValueError("give http://HOST:PORT or https://HOST:PORT, or null to start the service here")

@@ -52,8 +52,10 @@ def draw_samples(
 
 
 def spread_labels(count: int, classes: tuple[int, ...]) -> NDArray[np.int64]:
-    """`count` labels that take turns through the classes, int64."""
-    return np.resize(np.asarray(classes, dtype=np.int64), count)
+    """`count` labels spread evenly over the classes, int64: they take turns, or stand for their neighbours."""
+    step = max(1.0, len(classes) / count)
+    rows = (np.arange(count) * step).astype(np.int64) % len(classes)
+    return np.asarray(classes, dtype=np.int64)[rows]
 
 
 def score_samples(samples: Samples, submit: Submit, judge: LabelJudge | None, *, chunk: int) -> Metrics:

@@ -51,6 +51,7 @@ def group_advantages(rewards_NG: Tensor) -> Tensor:
         raise ValueError(f"{count} of {rewards_NG.numel()} rewards are not finite; a reward must be a number")
     rewards_NG = rewards_NG.double()
     centred_NG = rewards_NG - rewards_NG.mean(dim=1, keepdim=True)
+    centred_NG = centred_NG / centred_NG.abs().amax(dim=1, keepdim=True).clamp_min(1e-300)  # squares stay finite
     deviation_N1 = centred_NG.square().mean(dim=1, keepdim=True).sqrt()
     equal_N1 = is_equal_group(rewards_NG)[:, None]
     return torch.where(equal_N1, 0.0, centred_NG / deviation_N1.masked_fill(equal_N1, 1.0)).float()

@@ -1,5 +1,6 @@
 """Classifiers that answer "is the picture still its label?", a score that no run optimises."""
 
+from pickle import UnpicklingError
 from typing import Literal
 
 import numpy as np
@@ -29,7 +30,7 @@ def make_judge(kind: Literal["miniature", "imagenet", "none"], device: torch.dev
     if kind == "none":
         return None
     if kind == "miniature":
-        classifier = load_classifier("label")
+        classifier = load_classifier("label", device=device)
 
         def judge(images_BHW3: NDArray[np.uint8], labels_B: NDArray[np.int64]) -> float:
             return float((predict(classifier, images_BHW3).argmax(axis=1) == labels_B).mean())
@@ -44,7 +45,7 @@ def _imagenet_judge(device: torch.device) -> LabelJudge:
     weights = ResNet50_Weights.IMAGENET1K_V2
     try:
         network = resnet50(weights=weights).eval().to(device)
-    except OSError as error:
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:  # not there, or truncated in the cache
         raise JudgeError(
             f"ResNet-50 ({weights.url}): {error}; download it where there is a network, or set --model.classifier none"
         ) from error

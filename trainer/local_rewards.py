@@ -9,11 +9,13 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import Empty, Queue
 from types import TracebackType
 from typing import Self
+
+STOP_S = 8.0  # between the gentler and the harder ways of stopping
 
 
 class LocalRewardsError(RuntimeError):
@@ -32,6 +34,7 @@ class LocalRewards:
     def __init__(self, names: Sequence[str], log: Path, *, timeout_s: float = 120.0) -> None:
         self._names, self._log, self._timeout_s = tuple(names), log, timeout_s
         self._process: subprocess.Popen[str] | None = None
+        self._stopping = False
         self.urls: dict[str, str] = {}
 
     def __enter__(self) -> Self:
@@ -76,26 +79,41 @@ class LocalRewards:
                 f"{', '.join(self._names)}: not ready after {self._timeout_s:.0f} s; see {self._log}"
             ) from None
         if not line:
-            raise LocalRewardsError(f"{', '.join(self._names)}: {self._last_words()}")
+            raise LocalRewardsError(f"{', '.join(self._names)}: {self._last_words(self._process)}")
         return line
 
-    def _last_words(self) -> str:
-        assert self._process is not None
-        code = self._process.wait(timeout=10)
+    def when_dead(self, tell: Callable[[LocalRewardsError], object]) -> None:
+        """Has `tell` called, from another thread, if the services end before they are stopped."""
+        process = self._process
+        if process is None:
+            return
+
+        def watch() -> None:
+            process.wait()
+            if not self._stopping:
+                tell(LocalRewardsError(f"{', '.join(self._names)}: {self._last_words(process)}"))
+
+        threading.Thread(target=watch, name="local rewards", daemon=True).start()
+
+    def _last_words(self, process: subprocess.Popen[str]) -> str:
+        code = process.wait(timeout=10)
         lines = [line for line in self._log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
         return f"{lines[-1] if lines else 'no message'} (exit code {code}; log: {self._log})"
 
     def _stop(self) -> None:
+        self._stopping = True
         process = self._process
         if process is None:
             return
         if process.stdin is not None:
             process.stdin.close()
-        try:
-            process.wait(timeout=15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        for ask in (process.terminate, process.terminate, process.kill):  # a second signal means: at once
+            try:
+                process.wait(timeout=STOP_S)
+                break
+            except subprocess.TimeoutExpired:
+                ask()
+        process.wait()
         if process.stdout is not None:
             process.stdout.close()
         self._process = None

@@ -46,6 +46,11 @@ class Learner:
     judge: LabelJudge | None
     autocast: Callable[[], AbstractContextManager[object]]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return self.policy.pos_start.device
+
 
 def train_step(learner: Learner, submit: Submit, config: Config, step: int) -> Metrics:
     """One step: roll out, score, compare within groups, optimise.
@@ -63,7 +68,7 @@ def train_step(learner: Learner, submit: Submit, config: Config, step: int) -> M
         RewardError, ScoreError: a score did not come or is not a number.
         FloatingPointError: the loss is not finite.
     """
-    rollout, phases = config.rollout, Phases()
+    rollout, phases = config.rollout, Phases(learner.device)
     with phases("sample"), learner.autocast():
         labels_N = draw_labels(config.run.seed, step, rollout.labels, learner.classes)
         experience, pending = roll_out(

@@ -1,6 +1,7 @@
 """Where a run's numbers go: a JSON line a step, TensorBoard, a line on the terminal. docs/metrics.md defines them."""
 
 import json
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
@@ -16,19 +18,29 @@ Metrics = dict[str, float | None]
 
 
 class Phases:
-    """Seconds spent in each phase of a step."""
+    """Seconds spent in each phase of a step.
 
-    def __init__(self) -> None:
+    Args:
+        device: a GPU's work is waited for at both ends of a phase, so that it counts where it was asked for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Adds the time of the block to a phase."""
-        began = time.perf_counter()
+        began = self._now()
         try:
             yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + self._now() - began
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
 
     def metrics(self, images: int) -> Metrics:
         """`seconds/<phase>`, their sum, and images a second over it."""
@@ -71,13 +83,26 @@ class MetricsLog:
         self._bar.update(self._task, completed=step, description=_headline(metrics))
 
     def __enter__(self) -> Self:
+        self._report_thread_error = threading.excepthook
+        threading.excepthook = self._on_thread_error
         self._bar.start()
         return self
 
+    def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
+        """TensorBoard's writing thread hands its OSError to the next `write`; it need not be printed here as well."""
+        if not isinstance(error.exc_value, OSError):
+            self._report_thread_error(error)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._bar.stop()
-        self._file.close()
-        self._board.close()
+        try:
+            self._file.close()
+            self._board.close()
+        except OSError:
+            if error is None:  # else a full disk has already been reported
+                raise
+        finally:
+            threading.excepthook = self._report_thread_error
 
 
 def _headline(metrics: Mapping[str, float | None]) -> str:

@@ -10,14 +10,11 @@ import numpy as np
 from PIL import Image
 
 ROWS = 2  # of the sample grids that are shown
-CURVES = (
-    ("success_rate", "success rate", "#c2571a"),
-    ("label_accuracy", "label accuracy (not optimised)", "#2a6f97"),
-)
+REWARD_COLOUR, LABEL_COLOUR = "#c2571a", "#2a6f97"
 
 
 def draw_run(run: Path, out: Path) -> None:
-    """Draws success rate and label accuracy by step, above the first and the last sample grid.
+    """Draws reward and label accuracy by step, above the first and the last sample grid.
 
     Args:
         run: a run's folder.
@@ -36,16 +33,20 @@ def draw_run(run: Path, out: Path) -> None:
     from matplotlib import pyplot as plt  # noqa: PLC0415 - after the backend is chosen
 
     figure, axes = plt.subplots(3, 1, figsize=(10, 6.4), height_ratios=(2.1, 1.3, 1.3), layout="constrained")
-    steps = [line["step"] for line in lines]
-    for name, label, colour in CURVES:
-        if all(line.get(name) is not None for line in lines):
-            axes[0].plot(steps, [line[name] for line in lines], color=colour, label=label, linewidth=1.8)
-    axes[0].set(ylim=(0, 1.02), xlim=(steps[0], steps[-1]), xlabel="step")
-    axes[0].set_title(
-        f"{summary['recipe']}, seed {summary['seed']}: {summary['steps']} steps in {summary['seconds']:.0f} s"
-    )
-    axes[0].legend(loc="center right", frameon=False)
+    steps, rewards = [line["step"] for line in lines], [line["reward"] for line in lines]
+    title = f"{summary['recipe']}, seed {summary['seed']}: {summary['steps']} steps in {summary['seconds']:.0f} s"
+    axes[0].plot(steps, rewards, color=REWARD_COLOUR, label="reward", linewidth=1.8)
+    axes[0].set(xlim=(steps[0], max(steps[-1], 2)), xlabel="step", title=title)
     axes[0].spines[["top", "right"]].set_visible(False)
+    is_share = min(rewards) >= 0 and max(rewards) <= 1
+    if is_share:
+        axes[0].set_ylim(0, 1.02)
+    if all(line.get("label_accuracy") is not None for line in lines):
+        axis = axes[0] if is_share else axes[0].twinx()
+        accuracy = [line["label_accuracy"] for line in lines]
+        axis.plot(steps, accuracy, color=LABEL_COLOUR, label="label accuracy (not optimised)", linewidth=1.8)
+        axis.set_ylim(0, 1.02)
+    figure.legend(loc="outside upper right", frameon=False, ncols=2)
     for axis, grid, title in ((axes[1], grids[0], "before"), (axes[2], grids[-1], "after")):
         picture = np.asarray(Image.open(grid))
         axis.imshow(picture[: round(len(picture) * ROWS / 4)])

@@ -167,8 +167,12 @@ def keyed_uniforms(seed: int, step: int, slots: Sequence[int], group_size: int, 
 
 @torch.no_grad()
 def decode_uint8(vqvae: VQVAE, f_hat_BCHW: Tensor) -> Tensor:
-    """Latent maps as pictures: uint8 (B, h, w, 3) on the same device, [-1, 1] mapped to 0 … 255 and rounded."""
-    images_B3hw: Tensor = vqvae.decode(f_hat_BCHW).float()
+    """Latent maps as pictures: uint8 (B, h, w, 3) on the same device, [-1, 1] mapped to 0 … 255 and rounded.
+
+    The decoder runs in float32, also where autocast is on.
+    """
+    with torch.autocast(f_hat_BCHW.device.type, enabled=False):  # bfloat16 would move a score by up to 0.001
+        images_B3hw: Tensor = vqvae.decode(f_hat_BCHW)
     return ((images_B3hw + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 

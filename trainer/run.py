@@ -4,6 +4,7 @@ Parses the settings, starts what the run needs, calls the training step, writes 
 """
 
 import argparse
+import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -51,6 +52,7 @@ def list_recipes(console: Console) -> None:
 
 def run_safely(recipe: str, options: Sequence[str], console: Console) -> int:
     """Trains, and turns every expected failure into one line and an exit code."""
+    logging.getLogger("stamina").addHandler(logging.NullHandler())  # a retry that succeeds is no news
     previous = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         config = load_config(recipe, parse_overrides(options))
@@ -71,7 +73,8 @@ def run_safely(recipe: str, options: Sequence[str], console: Console) -> int:
     except ConfigError as error:
         return _fail(console, error, code=2)
     except KeyboardInterrupt:
-        return _fail(console, "interrupted; the services are stopped, nothing was saved", code=130)
+        kept = "the services are stopped; a checkpoint is written after the last step, not before"
+        return _fail(console, f"interrupted; {kept}", code=130)
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 0

@@ -5,6 +5,7 @@ way. Shape legend: B images · H, W pixels.
 """
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from services.client import RewardClient
 from trainer.config import RewardConfig
 from trainer.shaping import Scores
+
+LARGEST_REWARD = 1e100  # beyond it the statistics of a batch overflow
 
 
 class ScoreError(RuntimeError):
@@ -42,7 +45,7 @@ def combine(raw: Mapping[str, Scores], rewards: Sequence[RewardConfig], count: i
 
     Raises:
         ScoreError: a reward is missing, has another number of scores than images, or a score that is not finite; or
-            the weighted sum overflows.
+            the weighted sum is beyond ±1e100.
     """
     total, shaped, success = np.zeros(count), {}, None
     for reward in rewards:
@@ -60,9 +63,12 @@ def combine(raw: Mapping[str, Scores], rewards: Sequence[RewardConfig], count: i
         reached = reward.shape.success(scores_B)
         if reached is not None:
             success = reached if success is None else success & reached
-    if not np.isfinite(total).all():
-        index = int(np.flatnonzero(~np.isfinite(total))[0])
-        raise ScoreError(f"the reward of image {index} is {total[index]}; choose smaller weights, scales or offsets")
+    if not (np.abs(total) <= LARGEST_REWARD).all():
+        index = int(np.flatnonzero(~(np.abs(total) <= LARGEST_REWARD))[0])
+        raise ScoreError(
+            f"the reward of image {index} is {total[index]:g}, beyond ±{LARGEST_REWARD:g}; "
+            "choose smaller weights, scales or offsets"
+        )
     return Scored(dict(raw), shaped, success, total)
 
 
@@ -74,6 +80,7 @@ class Scorer:
         urls: where each of them listens, by name.
         timeout_s: seconds a batch may take, retries included.
         ready_timeout_s: seconds to wait for the services to be ready.
+        token: bearer token that is sent to all of them.
 
     Raises:
         RewardError: a service cannot be reached or is not ready in time.
@@ -86,9 +93,14 @@ class Scorer:
         *,
         timeout_s: float,
         ready_timeout_s: float = 30.0,
+        token: str | None = None,
     ) -> None:
         self._rewards, self._timeout_s = tuple(rewards), timeout_s
-        self._clients = {reward.name: RewardClient(urls[reward.name], timeout_s=timeout_s) for reward in rewards}
+        self._clients = {
+            reward.name: RewardClient(urls[reward.name], token=token, timeout_s=timeout_s) for reward in rewards
+        }
+        self._in_flight: set[asyncio.Task[object] | None] = set()
+        self._broken: Exception | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
         self._thread.start()
@@ -107,7 +119,33 @@ class Scorer:
         """Starts scoring uint8 images (B, H, W, 3) by every reward; the future holds the result or the error."""
         return asyncio.run_coroutine_threadsafe(self._score(images_BHW3), self._loop)
 
+    def abort(self, error: Exception) -> None:
+        """Fails what is in flight, and whatever is submitted from now on, with an error; from any thread."""
+
+        def fail() -> None:
+            self._broken = error
+            for task in self._in_flight:
+                if task is not None:
+                    task.cancel()
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nothing is in flight
+            self._loop.call_soon_threadsafe(fail)
+
     async def _score(self, images_BHW3: NDArray[np.uint8]) -> Scored:
+        if self._broken is not None:
+            raise self._broken
+        task = asyncio.current_task()
+        self._in_flight.add(task)
+        try:
+            return await self._score_by_all(images_BHW3)
+        except asyncio.CancelledError:
+            if self._broken is not None:
+                raise self._broken from None
+            raise
+        finally:
+            self._in_flight.discard(task)
+
+    async def _score_by_all(self, images_BHW3: NDArray[np.uint8]) -> Scored:
         async def one(reward: RewardConfig) -> Scores:
             prompts = None if reward.prompt is None else [reward.prompt] * len(images_BHW3)
             answer = await self._clients[reward.name].score(images_BHW3, prompts, deadline_s=self._timeout_s)

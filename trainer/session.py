@@ -14,16 +14,18 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import nn
 
 from trainer.build import make_learner
 from trainer.config import Config
-from trainer.evaluation import draw_samples, score_samples, spread_labels
+from trainer.evaluation import Samples, draw_samples, score_samples, spread_labels
 from trainer.local_rewards import LocalRewards
 from trainer.loop import Learner, train_step
 from trainer.metrics import Metrics, MetricsLog
 from trainer.models.checkpoints import save_var, write_atomically
 from trainer.pictures import save_grid
 from trainer.scoring import Scorer
+from trainer.settings import Settings
 
 PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "redis", "fastapi", "httpx", "pydantic")
 READY_S = 30.0
@@ -46,8 +48,8 @@ def train(config: Config, recipe: str, console: Console) -> Path:
     torch.manual_seed(config.run.seed)
     learner = make_learner(config)
     folder = make_folder(config.run.dir, config.run.name or recipe)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
-    (folder / "versions.json").write_text(json.dumps(_versions(), indent=2) + "\n")
+    _write(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+    _write(folder / "versions.json", json.dumps(_versions(learner.vqvae), indent=2) + "\n")
     console.print(f"[bold]{escape(recipe)}[/] → {escape(f'{folder}   {config.summary}')}", soft_wrap=True)
     local = [reward.name for reward in config.rewards if reward.url is None]
     with LocalRewards(local, folder / "services.log") as services:
@@ -56,7 +58,9 @@ def train(config: Config, recipe: str, console: Console) -> Path:
             started = "  (started for this run)" if name in services.urls else ""
             console.print(escape(f"reward {name}: {url}{started}"), soft_wrap=True)
         timeout_s = config.run.score_timeout_s
-        with Scorer(config.rewards, urls, timeout_s=timeout_s, ready_timeout_s=min(timeout_s, READY_S)) as scorer:
+        ready_s, token = min(timeout_s, READY_S), Settings().token
+        with Scorer(config.rewards, urls, timeout_s=timeout_s, ready_timeout_s=ready_s, token=token) as scorer:
+            services.when_dead(scorer.abort)
             return _train(config, recipe, learner, scorer, folder, console)
 
 
@@ -74,9 +78,9 @@ def _train(config: Config, recipe: str, learner: Learner, scorer: Scorer, folder
                 _grid(config, learner, folder, step + 1)
             excluded += time.perf_counter() - paused
     seconds = time.perf_counter() - began - excluded
-    after = _evaluate(config, learner, scorer)
     metadata = {"recipe": recipe, "seed": str(config.run.seed), "steps": str(config.run.steps)}
-    save_var(folder / "checkpoint" / "var.safetensors", learner.policy, metadata)
+    save_var(folder / "checkpoint" / "var.safetensors", learner.policy, metadata)  # first: what follows may fail
+    after = _evaluate(config, learner, scorer)
     summary = {
         "recipe": recipe,
         "seed": config.run.seed,
@@ -85,8 +89,7 @@ def _train(config: Config, recipe: str, learner: Learner, scorer: Scorer, folder
         "before": before,
         "after": after,
     }
-    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    write_atomically(folder / "summary.json", len(text), lambda temporary: temporary.write_text(text))
+    _write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     _closing_table(summary, folder, console)
     return folder
 
@@ -104,8 +107,9 @@ def make_folder(parent: Path, name: str) -> Path:
     raise OSError(f"{parent} holds 9,999 runs named {name}; set another --run.name or --run.dir")
 
 
-def _evaluate(config: Config, learner: Learner, scorer: Scorer) -> Metrics:
-    samples = draw_samples(
+def evaluation_samples(config: Config, learner: Learner) -> Samples:
+    """The images that a run is measured by, before and after: set by `eval.seed`, not by the run's."""
+    return draw_samples(
         learner.policy,
         learner.vqvae,
         spread_labels(config.eval.samples, learner.classes),
@@ -114,6 +118,10 @@ def _evaluate(config: Config, learner: Learner, scorer: Scorer) -> Metrics:
         chunk=config.rollout.chunk,
         autocast=learner.autocast(),
     )
+
+
+def _evaluate(config: Config, learner: Learner, scorer: Scorer) -> Metrics:
+    samples = evaluation_samples(config, learner)
     return score_samples(samples, scorer.submit, learner.judge, chunk=config.rollout.chunk)
 
 
@@ -132,11 +140,17 @@ def _grid(config: Config, learner: Learner, folder: Path, step: int) -> None:
     save_grid(folder / "grids" / f"step_{step:06d}.png", samples.images_BHW3, columns=len(columns))
 
 
-def _versions() -> dict[str, str]:
+def _write(path: Path, text: str) -> None:
+    content = text.encode()
+    write_atomically(path, len(content), lambda temporary: temporary.write_bytes(content))
+
+
+def _versions(model: nn.Module) -> dict[str, str]:
+    device = next(model.parameters()).device
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": str(torch.get_num_threads()),
         **{package: version(package) for package in PACKAGES},
     }

@@ -8,13 +8,29 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag, field_validator
 
 Scores = NDArray[np.float64]
 
 
+def refuse_booleans(value: object) -> object:
+    """The value, unless it is or holds true or false, which YAML makes of `yes` and pydantic would take for 1.
+
+    Raises:
+        ValueError: a boolean.
+    """
+    if any(isinstance(part, bool) for part in (value if isinstance(value, list | tuple) else (value,))):
+        raise ValueError("give a number, or a text in quotes")
+    return value
+
+
 class _Shape(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: object) -> object:
+        return refuse_booleans(value)
 
 
 class Affine(_Shape):

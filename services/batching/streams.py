@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, ConnectionError, ResponseError, TimeoutError
@@ -19,6 +19,7 @@ from services.batching import lua
 
 GROUP = "workers"
 CANCEL_AGAIN_S = 0.5
+CONNECTIONS = 64
 KEY_TTL_MS = 3_600_000
 REPLY_TTL_MS = 600_000
 DEAD_TTL_MS = 7 * 24 * 3_600_000
@@ -30,17 +31,22 @@ QUEUE_GONE = (ConnectionError, TimeoutError, BusyLoadingError, OSError)
 def connect(url: str, *, timeout_s: float) -> "Redis":
     """Create a client whose every command has a timeout and a single attempt; the callers decide what to repeat.
 
+    Commands beyond the number of connections wait for one, up to the same timeout.
+
     Args:
         url: `redis://`, `rediss://` or `unix://`.
         timeout_s: for one command, and to connect; longer than any blocking read.
     """
-    return Redis.from_url(
+    pool = BlockingConnectionPool.from_url(
         url,
+        max_connections=CONNECTIONS,
+        timeout=timeout_s,
         protocol=2,
         socket_timeout=timeout_s,
         socket_connect_timeout=timeout_s,
         retry=Retry(NoBackoff(), 0),
     )
+    return Redis.from_pool(pool)
 
 
 async def end(task: asyncio.Task[None]) -> None:

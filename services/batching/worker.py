@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
 from services.batching.batcher import Batcher
 from services.batching.streams import QUEUE_GONE, Delivery, Reply, WorkQueue, end
@@ -89,10 +89,12 @@ class Worker:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
         self._took_over_s = -math.inf
         self._hung = False
+        self.is_warm = False
 
     async def warmup(self) -> None:
         """Load the reward, on the thread that will score."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._reward.warmup)
+        self.is_warm = True
 
     async def run(self, stop: asyncio.Event, *, on_ready: Callable[[], None] = lambda: None) -> None:
         """Work until `stop` is set; then finish the batch in hand and give back the rest.
@@ -117,7 +119,7 @@ class Worker:
                         on_ready()
                     await self._serve(await self._next_batch(stop))
                     away_since_s = None
-                except (*QUEUE_GONE, ResponseError) as error:
+                except (RedisError, *QUEUE_GONE) as error:
                     now_s = time.monotonic()
                     away_since_s = now_s if away_since_s is None else away_since_s
                     await self._endure(error, now_s - away_since_s)
@@ -211,7 +213,7 @@ class Worker:
             for work in works:
                 assert work.reply is not None
                 if not await self._queue.reply(work.delivery, work.reply):
-                    logger.warning("reply to job %s dropped: another worker was first", work.delivery.uid)
+                    logger.info("reply to job %s dropped: withdrawn, or answered by another", work.delivery.uid)
         finally:
             for delivery in deliveries:
                 self._held.pop(delivery.entry, None)

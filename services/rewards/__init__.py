@@ -47,9 +47,13 @@ def create_reward(name: str) -> Reward:
     module_name, _, class_name = target.partition(":")
     try:
         reward: Reward = getattr(importlib.import_module(module_name), class_name)()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UnknownReward(f"reward {name!r} cannot be imported: {error}; give an importable module:Class") from error
-    for label, value in (("name", reward.name), ("version", reward.version)):
-        if not re.fullmatch(IDENTIFIER_PATTERN, value):
+        labels = {"name": reward.name, "version": reward.version}
+    except Exception as error:  # anyone's code runs here
+        line = " ".join(str(error).split())[:300]
+        raise UnknownReward(
+            f"reward {name!r} cannot be imported: {type(error).__name__}: {line}; give an importable module:Class"
+        ) from error
+    for label, value in labels.items():
+        if not isinstance(value, str) or not re.fullmatch(IDENTIFIER_PATTERN, value):
             raise UnknownReward(f"{label} {value!r} of reward {target} must match {IDENTIFIER_PATTERN}")
     return reward

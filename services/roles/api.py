@@ -84,14 +84,15 @@ def run_api(name: str, listener: socket.socket, redis_url: str, settings: Settin
 async def _run_server(
     server: uvicorn.Server, listener: socket.socket, received: list[int], announced_name: str | None
 ) -> None:
+    url = url_of(listener)  # now: uvicorn closes the socket when it stops
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
         server.should_exit = server.should_exit or bool(received)
         await asyncio.sleep(STARTED_POLL_S)
-    if server.started:
-        logger.info("listening on %s", url_of(listener))
+    if server.started and not server.should_exit:
+        logger.info("listening on %s", url)
         if announced_name is not None:
-            announce({"rewards": {announced_name: url_of(listener)}})
+            announce({"rewards": {announced_name: url}})
     await serving
     if not server.started and not received:
         raise StartError("the application did not start: see the log")

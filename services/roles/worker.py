@@ -8,7 +8,7 @@ import uuid
 
 from services.batching.streams import Keys, WorkQueue, connect
 from services.batching.worker import QueueGone, ScorerHung, Worker, WorkerLimits
-from services.processes import EXIT_INTERRUPTED, StartError, announce, stop_on_signals
+from services.processes import EXIT_INTERRUPTED, StartError, announce, describe, stop_on_signals
 from services.rewards import create_reward
 from services.rewards.base import Reward
 from services.settings import Settings
@@ -62,8 +62,8 @@ async def _work(reward: Reward, name: str, redis_url: str, settings: Settings, *
             announce({"worker": name})
 
     try:
-        await worker.warmup()
-        await worker.run(stop, on_ready=on_ready)
+        if await _warm_up(worker, name, stop):
+            await worker.run(stop, on_ready=on_ready)
     except ScorerHung as error:
         logger.error("%s: the worker ends; others take over its jobs", error)
         logging.shutdown()
@@ -72,4 +72,27 @@ async def _work(reward: Reward, name: str, redis_url: str, settings: Settings, *
         raise StartError(f"{error}: check that Redis runs and REDIS_URL names it") from error
     finally:
         await redis.aclose()
-    return EXIT_INTERRUPTED if signal.SIGINT in received else 0
+    code = EXIT_INTERRUPTED if signal.SIGINT in received else 0
+    if not worker.is_warm:  # its thread still loads the model and cannot be stopped
+        logging.shutdown()
+        os._exit(code)
+    return code
+
+
+async def _warm_up(worker: Worker, name: str, stop: asyncio.Event) -> bool:
+    """Load the reward's model; False if told to stop before it was done.
+
+    Raises:
+        StartError: the reward cannot be loaded.
+    """
+    warming, stopping = asyncio.create_task(worker.warmup()), asyncio.create_task(stop.wait())
+    await asyncio.wait({warming, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not warming.done():
+        return False
+    try:
+        await warming
+    except Exception as error:
+        logger.info("the reward cannot be loaded", exc_info=True)
+        raise StartError(f"reward {name!r} cannot be loaded: {describe(error)}") from error
+    return True

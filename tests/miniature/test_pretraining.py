@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.miniature.fitting import Schedule, fit
+from trainer.miniature.pretrain import Job, rendered
+from trainer.miniature.render import POLICY_WORLD, WIDE_WORLD
 from trainer.miniature.tokenizer import CodeKeeper, psnr, to_float
 from trainer.models.vqvae import VQVAE, VQVAEConfig
 
@@ -42,6 +44,35 @@ def test_a_resumed_fit_equals_one_never_interrupted(tmp_path: Path, muon_names: 
         _linear_fit(tmp_path / "parts.pt", muon_names, stop_at=17)
     resumed = _linear_fit(tmp_path / "parts.pt", muon_names)
     assert torch.equal(whole.weight, resumed.weight)
+
+
+def test_what_is_cached_is_named_by_its_origin(tmp_path: Path) -> None:
+    """The same origin finds its file again; another seed, schedule or input never takes it for its own."""
+    job = Job(tmp_path / "cache", seed=0, workers=1, device=CPU)
+    path = job.kept("var.pt", 0, Schedule(steps=2, batch=1, lr=0.1), "tokens")
+    assert path == job.kept("var.pt", 0, Schedule(steps=2, batch=1, lr=0.1), "tokens")
+    assert path.parent.is_dir()
+    assert path.suffix == ".pt"
+    others = (
+        job.kept("var.pt", 1, Schedule(steps=2, batch=1, lr=0.1), "tokens"),
+        job.kept("var.pt", 0, Schedule(steps=3, batch=1, lr=0.1), "tokens"),
+        job.kept("var.pt", 0, Schedule(steps=2, batch=1, lr=0.1), "other tokens"),
+    )
+    assert len({path, *others}) == 4
+
+
+def test_a_training_set_is_rendered_once(tmp_path: Path) -> None:
+    """The second time it is read; another world is another set."""
+    job = Job(tmp_path, seed=0, workers=1, device=CPU)
+    first = rendered(job, 5, 8, POLICY_WORLD)
+    (file,) = tmp_path.iterdir()
+    made = file.stat().st_mtime_ns
+    again = rendered(job, 5, 8, POLICY_WORLD)
+    assert file.stat().st_mtime_ns == made
+    assert (again.images == first.images).all()
+    assert again.captions == first.captions
+    rendered(job, 5, 8, WIDE_WORLD)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_loss_that_is_not_finite_stops_the_fit(tmp_path: Path) -> None:

@@ -74,6 +74,13 @@ def test_saved_models_load_again(var: VAR, vqvae: VQVAE, tmp_path: Path) -> None
     assert sorted(os.listdir(tmp_path / "new")) == ["var.safetensors", "vqvae.safetensors"]
 
 
+def test_a_checkpoint_is_as_readable_as_any_file(var: VAR, tmp_path: Path) -> None:
+    """Its mode is what the umask leaves, so that another user's service or container can load it."""
+    save_var(tmp_path / "var.safetensors", var)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "var.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_half_precision_storage(var: VAR, tmp_path: Path) -> None:
     """Weights stored as float16 come back as float32, rounded once; integers stay as they are."""
     path = tmp_path / "var.safetensors"

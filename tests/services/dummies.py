@@ -83,6 +83,42 @@ class HangsOnce(Brightness):
         return super().score(images_BHWC, prompts)
 
 
+class Chatty(Brightness):
+    """Prints while it loads and while it scores, as libraries do."""
+
+    name = "chatty"
+
+    def warmup(self) -> None:
+        print("Loading weights ...", flush=True)
+        print('{"step": 1}', flush=True)
+
+    def score(self, images_BHWC: NDArray[np.uint8], prompts: Sequence[str] | None) -> NDArray[np.float64]:
+        print("x" * 200_000, flush=True)
+        return super().score(images_BHWC, prompts)
+
+
+class SlowWarm(Brightness):
+    """Takes ten minutes to load."""
+
+    name = "slow-warm"
+
+    def warmup(self) -> None:
+        time.sleep(600)
+
+
+class NoWeights(Brightness):
+    """Does not find its weights."""
+
+    name = "no-weights"
+
+    def warmup(self) -> None:
+        raise FileNotFoundError("/weights/none.safetensors: no such file")
+
+
+class Nameless:
+    """Is not a reward."""
+
+
 class Deadly(Brightness):
     """Kills its process on a poisoned image."""
 

@@ -129,7 +129,10 @@ async def test_a_chunked_body_is_read_and_bounded() -> None:
             encode_batch(IMAGES), {**SAFETENSORS, protocol.HEADER_DEADLINE_MS: "-1"}, 400, "-1", id="deadline"
         ),
         pytest.param(
-            encode_batch(IMAGES), {**SAFETENSORS, protocol.HEADER_DEADLINE_MS: "9" * 30}, 400, "1–600000", id="long"
+            encode_batch(IMAGES), {**SAFETENSORS, protocol.HEADER_DEADLINE_MS: "9" * 30}, 400, "at least 1", id="long"
+        ),
+        pytest.param(
+            encode_batch(IMAGES), {**SAFETENSORS, protocol.HEADER_DEADLINE_MS: "0" * 9}, 400, "at least 1", id="zero"
         ),
     ],
 )
@@ -179,12 +182,16 @@ async def test_a_lost_reply_is_an_error_not_a_shorter_answer() -> None:
 
 
 async def test_the_deadline_header_bounds_the_queue() -> None:
-    """The queue gets what is left of it; without one, the default."""
-    queue = FakeQueue()
+    """The queue gets what is left of it; without one, the default; of one too long, the service's limit."""
+    queue, longest_s = FakeQueue(), SETTINGS.max_deadline_s
     async with serving(queue) as client:
-        for headers in ({**SAFETENSORS, protocol.HEADER_DEADLINE_MS: "1500"}, SAFETENSORS):
-            await client.post("/score", content=encode_batch(IMAGES), headers=headers)
-    assert 0 < queue.deadlines_s[0] <= 1.5 < queue.deadlines_s[1] <= SETTINGS.default_deadline_s
+        for given in ("1500", "0001500", None, str(int(9000 * longest_s))):
+            headers = SAFETENSORS if given is None else {**SAFETENSORS, protocol.HEADER_DEADLINE_MS: given}
+            answer = await client.post("/score", content=encode_batch(IMAGES), headers=headers)
+            assert answer.status_code == 200
+    assert all(0 < deadline_s <= 1.5 for deadline_s in queue.deadlines_s[:2])
+    assert 1.5 < queue.deadlines_s[2] <= SETTINGS.default_deadline_s
+    assert longest_s - 1 < queue.deadlines_s[3] <= longest_s
 
 
 async def test_a_token_is_demanded_where_one_is_set() -> None:

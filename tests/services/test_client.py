@@ -170,6 +170,24 @@ async def test_retry_after_is_honoured() -> None:
         assert time.monotonic() - started_s >= 1.0
 
 
+async def test_a_full_queue_does_not_use_up_the_attempts() -> None:
+    """Coming back when a busy service says so is no failure; only the deadline bounds it."""
+    calls = 0
+
+    def on_score(_: httpx.Request) -> httpx.Response:
+        nonlocal calls
+        calls += 1
+        if calls <= 6:
+            return httpx.Response(429, headers={"Retry-After": "0"}, json={"title": "queue full"})
+        return httpx.Response(200, json=answer([0.1, 0.2, 0.3]))
+
+    with stamina.set_testing(False):
+        async with RewardClient(URL, transport=service(on_score), attempts=2) as client:
+            result = await client.score(IMAGES, deadline_s=30)
+    assert result.scores.tolist() == [0.1, 0.2, 0.3]
+    assert calls == 7
+
+
 async def test_the_deadline_bounds_all_attempts() -> None:
     """A service that asks for an hour's patience does not get it."""
     with stamina.set_testing(False):

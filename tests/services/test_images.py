@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -162,6 +163,19 @@ def test_malformed_json_is_refused(body: bytes) -> None:
     """It must be the object that the contract describes."""
     with pytest.raises(BodyMalformed):
         decode_json(body, LIMITS)
+
+
+def test_a_body_of_wrong_items_costs_no_more_than_its_size() -> None:
+    """The first wrong item is named; the other hundred thousand are not turned into errors of their own."""
+    body = json.dumps({"images": [1] * 100_000}).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(BodyMalformed, match=r"images\.0: Input should be a valid string"):
+            decode_json(body, LIMITS)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 10 * len(body)
 
 
 def test_the_decoded_pixels_count_against_the_limit_of_bytes() -> None:

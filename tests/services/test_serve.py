@@ -1,11 +1,14 @@
 """The commands, as processes: through the whole path, and gone without a trace."""
 
 import asyncio
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from services.images import encode_batch
 from services.protocol import MEDIA_SAFETENSORS
 from services.redis_server import DIRECTORY_PREFIX, LOCK_NAME, RedisMissing, RedisServer, find_redis
 from services.rewards.brightness import Brightness
-from tests.services.conftest import Process, descendants, is_alive, random_images, wait_until
+from tests.services.conftest import ROOT, Process, descendants, is_alive, random_images, wait_until
 
 pytestmark = pytest.mark.redis
 
@@ -37,6 +40,15 @@ def score(url: str, images_BHWC: np.ndarray, *, deadline_s: float = 60.0) -> Sco
             return await client.score(images_BHWC, deadline_s=deadline_s)
 
     return asyncio.run(run())
+
+
+@pytest.fixture(autouse=True)
+def own_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A temporary folder of the test's own, its path short enough for a socket, so that no neighbour is counted."""
+    with tempfile.TemporaryDirectory(prefix="t-") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield
 
 
 def redis_folders() -> set[Path]:
@@ -150,6 +162,11 @@ def test_a_port_in_use_is_one_line(start: Start) -> None:
         (("serve", "brigthness"), {}, "unknown reward 'brigthness'; known: brightness"),
         (("serve", "no.module:Class"), {}, "reward 'no.module:Class' cannot be imported"),
         (("serve", "brightness"), {"REWARD_MAX_BATCH": "0"}, "REWARD_MAX_BATCH"),
+        (("serve", "brightness", "--port", "70000"), {}, "port 70000 does not exist"),
+        (("serve", "brightness", "--redis-url", "http://localhost"), {}, "REDIS_URL"),
+        (("serve", f"{DUMMY}NoWeights", "--port", "0"), {}, "cannot be loaded: FileNotFoundError: /weights/none"),
+        (("serve", f"{DUMMY}Nameless", "--port", "0"), {}, "AttributeError"),
+        (("api", "brightness", "--fd", "99"), {"REDIS_URL": "unix:///no.sock"}, "descriptor 99 is no socket"),
         (("api", "brightness"), {"REDIS_URL": ""}, "REDIS_URL is not set"),
         (("worker", "brightness"), {"REDIS_URL": "unix:///no.sock", "REWARD_REDIS_PATIENCE_S": "0.1"}, "Redis is away"),
     ],
@@ -164,6 +181,92 @@ def test_what_cannot_run_says_so_in_one_line(
     assert len(lines) == 1
     assert words in lines[0]
     assert "Traceback" not in process.errors()
+
+
+def test_a_reward_may_print(start: Start) -> None:
+    """What it prints is no announcement, and fills no pipe that nobody reads."""
+    process = start(*SERVE, f"{DUMMY}Chatty")
+    url = process.url()
+    ready = httpx.get(f"{url}/readyz", trust_env=False)
+    assert ready.status_code == 200
+    images_BHWC = random_images(3, 8, 8, 3)
+    for _ in range(3):
+        assert np.array_equal(score(url, images_BHWC).scores, Brightness().score(images_BHWC, None))
+    process.close_stdin()
+    assert process.wait() == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_an_order_to_stop_is_obeyed_while_a_model_loads(start: Start, number: signal.Signals, code: int) -> None:
+    """Within seconds, although the thread that loads cannot be stopped; nothing is left."""
+    folders = redis_folders()
+    process = start("serve", f"{DUMMY}SlowWarm", "--port", "0", "--announce")
+    wait_until(lambda: len(descendants(process.pid)) == 3)
+    pids = descendants(process.pid)
+    process.send(number)
+    assert process.wait(20) == code
+    assert_gone(pids, folders)
+
+
+def test_serve_uses_the_redis_that_its_option_names(start: Start, redis_url: str) -> None:
+    """Not one of its own, nor that of the environment."""
+    process = start(*SERVE, "brightness", "--redis-url", redis_url, REDIS_URL="redis://127.0.0.1:1")
+    url = process.url()
+    assert len(descendants(process.pid)) == 2
+    images_BHWC = random_images(3, 8, 8, 3)
+    assert np.array_equal(score(url, images_BHWC).scores, Brightness().score(images_BHWC, None))
+    with Redis.from_url(redis_url) as client:
+        assert client.exists(Keys("brightness", "1").jobs)
+    process.close_stdin()
+    assert process.wait() == 0
+
+
+def test_serve_starts_with_its_standard_input_closed() -> None:
+    """As some supervisors start their services: no socket takes the number of a standard stream."""
+    command = f"exec {sys.executable} -m services serve brightness --port 0 --announce <&-"
+    process = subprocess.Popen(["/bin/sh", "-c", command], cwd=ROOT, stdout=subprocess.PIPE)
+    with process:
+        assert process.stdout is not None
+        (url,) = json.loads(process.stdout.readline())["rewards"].values()
+        assert httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
+def test_two_hundred_callers_at_once_are_all_answered(start: Start) -> None:
+    """More than Redis connections: the rest wait for one."""
+    url = start(*SERVE, "brightness").url()
+    images_BHWC = random_images(1, 8, 8, 3)
+
+    async def burst() -> list[int]:
+        body, headers = encode_batch(images_BHWC), {"Content-Type": MEDIA_SAFETENSORS}
+        limits = httpx.Limits(max_connections=250)
+        async with httpx.AsyncClient(timeout=60, limits=limits, trust_env=False) as client:
+            answers = await asyncio.gather(
+                *(client.post(f"{url}/score", content=body, headers=headers) for _ in range(250))
+            )
+        return [answer.status_code for answer in answers]
+
+    assert set(asyncio.run(burst())) == {200}
+
+
+def test_anothers_lock_does_not_hold_up_the_start(tmp_path: Path) -> None:
+    """A pipe in the place of a lock is not waited for."""
+    folder = Path(tempfile.gettempdir()) / f"{DIRECTORY_PREFIX}odd"
+    folder.mkdir()
+    os.mkfifo(folder / LOCK_NAME)
+    os.utime(folder / LOCK_NAME, (0, 0))
+    with RedisServer() as server:
+        assert server.process is not None
+
+
+def test_the_folder_of_a_living_owner_is_left_alone() -> None:
+    """However old its lock is."""
+    with RedisServer() as first:
+        folder = Path(first.url.removeprefix("unix://")).parent
+        os.utime(folder / LOCK_NAME, (0, 0))
+        with RedisServer():
+            assert folder.exists()
 
 
 def test_a_killed_worker_is_replaced_and_every_image_answered_once(

@@ -76,6 +76,12 @@ def test_float_residue_is_not_amplified() -> None:
     torch.testing.assert_close(group_advantages(torch.tensor([[0.3, 0.31]])), torch.tensor([[-1.0, 1.0]]))
 
 
+def test_huge_rewards_keep_their_proportions() -> None:
+    """Rewards whose squares are beyond the floating-point range have the advantages of any others."""
+    rewards_1G = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
+    torch.testing.assert_close(group_advantages(rewards_1G * 1e200), group_advantages(rewards_1G))
+
+
 def test_groups_do_not_see_each_other() -> None:
     """Each group has its own mean and deviation."""
     rewards_NG = torch.tensor([[0.0, 1.0, 2.0], [100.0, 100.0, 130.0], [5.0, 5.0, 5.0]])

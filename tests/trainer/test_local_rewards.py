@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from services.client import RewardRefused
 from services.rewards.brightness import Brightness
 from tests.services.conftest import descendants, is_alive, random_images, wait_until
 from tests.trainer.conftest import ROOT
 from trainer.config import RewardConfig
 from trainer.local_rewards import LocalRewards, LocalRewardsError
-from trainer.scoring import Scorer
+from trainer.scoring import Scorer, collect
+from trainer.settings import Settings
 
 pytestmark = pytest.mark.redis
 
@@ -137,6 +139,40 @@ def test_services_that_are_not_ready_in_time_are_stopped(tmp_path: Path) -> None
     with pytest.raises(LocalRewardsError, match="not ready after 0 s"):
         LocalRewards(["brightness"], tmp_path / "services.log", timeout_s=0.001).__enter__()
     wait_until(lambda: below_this_process() == before)
+
+
+def test_a_run_whose_services_die_is_told_at_once(tmp_path: Path) -> None:
+    """What is in flight fails, and what is sent later; the error is the services' last words and names their log."""
+    rewards = [RewardConfig(name="brightness")]
+    before = below_this_process()
+    with (
+        LocalRewards(["brightness"], tmp_path / "services.log") as services,
+        Scorer(rewards, services.urls, timeout_s=60) as scorer,
+    ):
+        services.when_dead(scorer.abort)
+        (worker,) = (
+            pid for pid in below_this_process() - before if b"\0worker\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+        os.kill(worker, signal.SIGSTOP)
+        pending = scorer.submit(random_images(3, 8, 8, 3))
+        os.kill(worker, signal.SIGKILL)
+        words = r"worker brightness: died with exit code -9.*services\.log"
+        with pytest.raises(LocalRewardsError, match=words):
+            pending.result(20)
+        with pytest.raises(LocalRewardsError, match=words):
+            scorer.submit(random_images(3, 8, 8, 3)).result(20)
+
+
+def test_the_token_of_the_environment_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Services that a run starts inherit it, so the run must send it; without it they refuse."""
+    monkeypatch.setenv("REWARD_TOKEN", "a secret")
+    rewards, images_BHW3 = [RewardConfig(name="brightness")], random_images(2, 8, 8, 3)
+    with LocalRewards(["brightness"], tmp_path / "services.log") as services:
+        with Scorer(rewards, services.urls, timeout_s=60, token=Settings().token) as scorer:
+            assert scorer.submit(images_BHW3).result(60).reward.shape == (2,)
+        with Scorer(rewards, services.urls, timeout_s=60) as scorer, pytest.raises(RewardRefused, match="401"):
+            collect([scorer.submit(images_BHW3)])
+    assert "a secret" not in (tmp_path / "services.log").read_text()
 
 
 def test_no_name_starts_nothing(tmp_path: Path) -> None:

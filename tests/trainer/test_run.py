@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ import pytest
 import yaml
 from PIL import Image
 
+from services.protocol import MEDIA_JSON, Info, Limits
 from tests.services.conftest import descendants, wait_until
 from tests.trainer.conftest import Outcome, Run, make_var, same_weights, weights
 from trainer.config import load_config, recipe_names
+from trainer.miniature.weights import FILES
 from trainer.models.checkpoints import load_var, read_metadata
 
 Start = Callable[..., Run]
 RunHere = Callable[..., Outcome]
 TIMINGS = ("seconds/", "images_per_second")
+ENDLESS = ("--run.steps", "100000", "--run.grid_every", "0")
 EVALUATED = {"reward", "raw_score", "success_rate", "label_accuracy"}
 
 
@@ -208,15 +212,74 @@ def test_a_full_disk_while_writing_the_checkpoint_is_one_line(run_here: RunHere,
     assert len(lines(recipe.parent / "runs" / "tiny" / "metrics.jsonl")) == 2
 
 
+@pytest.mark.redis
+def test_a_full_disk_in_the_middle_of_training_is_one_line(run_here: RunHere, recipe: Path) -> None:
+    """TensorBoard's writing thread meets it first; its traceback is not shown beside the error."""
+    with largest_file(16 * 1024):
+        outcome = run_here(recipe, *ENDLESS)
+    assert_failed(outcome, "run.dir", "File too large", "make room")
+    assert_nothing_saved(recipe)
+
+
+class FailsAtLast(BaseHTTPRequestHandler):
+    """A reward service that scores the evaluation before and the two steps, and then no more."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        info = Info(name="brightness", version="1", bodies=[MEDIA_JSON], limits=Limits())
+        self._answer(200, info.model_dump_json())
+
+    def do_POST(self) -> None:
+        images = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["images"]
+        self.server.posts += 1  # type: ignore[attr-defined]
+        timing = {"queue": 0.0, "score": 0.0}
+        answer = {"scores": [i / 8 for i in range(len(images))], "reward": "brightness", "version": "1"}
+        if self.server.posts <= 3:  # type: ignore[attr-defined]
+            self._answer(200, json.dumps(answer | {"timing_ms": timing}))
+        else:
+            self._answer(500, json.dumps({"title": "scoring failed", "detail": "out of order"}))
+
+    def _answer(self, status: int, text: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *arguments: object) -> None:
+        """Quiet."""
+
+
+def test_what_was_trained_is_saved_before_it_is_measured(run_here: RunHere, recipe: Path) -> None:
+    """A reward that fails in the closing evaluation does not cost the training."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), FailsAtLast) as server:
+        server.posts = 0  # type: ignore[attr-defined]
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        outcome = run_here(recipe, "--rewards.0.url", f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+        thread.join()
+    assert_failed(outcome, "500", "scoring failed")
+    folder = recipe.parent / "runs" / "tiny"
+    assert not same_weights(weights(load_var(folder / "checkpoint" / "var.safetensors")), weights(make_var()))
+    assert not (folder / "summary.json").exists()
+
+
+def test_the_miniatures_weights_missing_are_one_line(
+    run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The remedy is the command that makes them."""
+    monkeypatch.setitem(FILES, "var", tmp_path / "var.safetensors")
+    outcome = run_here("mini-bright", "--run.dir", tmp_path / "runs")
+    assert_failed(outcome, "var.safetensors: no such file", "python -m trainer.miniature.pretrain var")
+
+
 @pytest.mark.parametrize("name", ["file", "file/below"])
 def test_a_folder_that_cannot_be_made_is_one_line(run_here: RunHere, recipe: Path, name: str) -> None:
     """Where a file is in its place."""
     (recipe.parent / "file").write_text("")
     outcome = run_here(recipe, "--run.dir", recipe.parent / name)
     assert_failed(outcome, f"run.dir {recipe.parent / name}", "set another --run.dir")
-
-
-ENDLESS = ("--run.steps", "100000", "--run.grid_every", "0")
 
 
 def trains(recipe: Path) -> bool:

@@ -72,9 +72,10 @@ def test_a_score_too_many_too_few_or_none_is_an_error() -> None:
 
 
 def test_a_sum_that_overflows_is_an_error() -> None:
-    """Finite scores and weights may still have no finite sum."""
-    with pytest.raises(ScoreError, match="the reward of image 0 is inf"):
-        combine({"a": np.array([1e308])}, [reward("a", weight=1e10)], 1)
+    """Finite scores and weights may still have no finite sum, or one that no statistics can be made of."""
+    for weight, shown in ((1e10, "inf"), (-1.0, r"-1e\+308")):
+        with pytest.raises(ScoreError, match=rf"the reward of image 0 is {shown}, beyond ±1e\+100; choose smaller"):
+            combine({"a": np.array([1e308])}, [reward("a", weight=weight)], 1)
 
 
 def test_parts_are_joined_in_the_order_they_were_sent() -> None:
@@ -117,7 +118,7 @@ def test_scores_of_the_real_service(tmp_path: Path) -> None:
     assert scored.success is not None
 
 
-SCORES: dict[str, Any] = {
+WRONG_SCORES: dict[str, Any] = {
     "nan": [0.5, math.nan],
     "infinite": [0.5, math.inf],
     "null": [0.5, None],
@@ -138,20 +139,25 @@ class Misbehaving(BaseHTTPRequestHandler):
         self._answer(200, info.model_dump_json() if self.path == "/info" else '{"status": "ok"}')
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.received = self.rfile.read(int(self.headers["Content-Length"]))  # type: ignore[attr-defined]
         manner = self.server.manner  # type: ignore[attr-defined]
         if manner == "500":
             self._answer(500, '{"title": "broken"}')
         elif manner == "not JSON":
             self._answer(200, "<html>")
+        elif manner == "well":
+            self._answer_scores([0.25, 0.75])
         elif manner == "silent":
             self.server.over.wait(60)  # type: ignore[attr-defined]
             self.close_connection = True
         elif manner == "hangs up":
             self.close_connection = True
         else:
-            answer = {"scores": SCORES[manner], "reward": "odd", "version": "1", "timing_ms": {"queue": 0, "score": 0}}
-            self._answer(200, json.dumps({name: value for name, value in answer.items() if value is not None}))
+            self._answer_scores(WRONG_SCORES[manner])
+
+    def _answer_scores(self, scores: Any) -> None:
+        answer = {"scores": scores, "reward": "odd", "version": "1", "timing_ms": {"queue": 0, "score": 0}}
+        self._answer(200, json.dumps({name: value for name, value in answer.items() if value is not None}))
 
     def _answer(self, status: int, text: str) -> None:
         body = text.encode()
@@ -181,7 +187,7 @@ def odd_service() -> Iterator[ThreadingHTTPServer]:
 @pytest.mark.parametrize(
     ("manner", "error"),
     [
-        *((manner, RewardAnswerInvalid) for manner in SCORES),
+        *((manner, RewardAnswerInvalid) for manner in WRONG_SCORES),
         ("not JSON", RewardAnswerInvalid),
         ("500", RewardRefused),
         ("silent", (RewardDeadlineExceeded, RewardUnavailable)),
@@ -196,6 +202,18 @@ def test_a_service_that_misbehaves_gives_an_error_and_never_a_number(
     url = f"http://127.0.0.1:{odd_service.server_port}"
     with Scorer([reward("odd")], {"odd": url}, timeout_s=2) as scorer, pytest.raises(error):
         collect([scorer.submit(random_images(2, 4, 4, 3))])
+
+
+@pytest.mark.parametrize("prompt", [None, "an old picture"])
+def test_a_rewards_prompt_goes_with_every_image(odd_service: ThreadingHTTPServer, prompt: str | None) -> None:
+    """One copy an image; none where the recipe names none."""
+    odd_service.manner = "well"  # type: ignore[attr-defined]
+    url = f"http://127.0.0.1:{odd_service.server_port}"
+    with Scorer([reward("odd", prompt=prompt)], {"odd": url}, timeout_s=10) as scorer:
+        scored = collect([scorer.submit(random_images(2, 4, 4, 3))])
+    assert scored.reward.tolist() == [0.25, 0.75]
+    sent = json.loads(odd_service.received)  # type: ignore[attr-defined]
+    assert sent.get("prompts") == (None if prompt is None else [prompt, prompt])
 
 
 @pytest.mark.redis

@@ -40,11 +40,6 @@ class Classifier(nn.Module):
         out: Tensor = self.head(torch.cat([h.mean(dim=(2, 3)), h.amax(dim=(2, 3))], dim=1))
         return out
 
-    def embed(self, images_B3HW: Tensor) -> Tensor:
-        """Features before the linear layer, (B, 2·128), for measures of diversity."""
-        h = self.features(images_B3HW)
-        return torch.cat([h.mean(dim=(2, 3)), h.amax(dim=(2, 3))], dim=1)
-
 
 def _augment(images_B3HW: Tensor, generator: torch.Generator) -> Tensor:
     """Blur, gain, offset and noise, so that a judgement does not hang on sharpness or exposure."""
@@ -79,8 +74,10 @@ def train(
 @torch.no_grad()
 def predict(model: Classifier, images: NDArray[np.uint8], *, batch: int = 256) -> NDArray[np.float64]:
     """Class probabilities float64 (B, K) of uint8 images (B, H, W, 3)."""
-    pieces = [model(to_float(images[i : i + batch])).softmax(dim=1) for i in range(0, len(images), batch)]
-    return torch.cat(pieces).double().numpy()
+    device = model.head.weight.device
+    starts = range(0, len(images), batch)
+    pieces = [model(to_float(images[start : start + batch]).to(device)).softmax(dim=1) for start in starts]
+    return torch.cat(pieces).double().cpu().numpy()
 
 
 def accuracy(model: Classifier, images: NDArray[np.uint8], targets: NDArray[np.int64]) -> float:

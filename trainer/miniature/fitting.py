@@ -87,14 +87,14 @@ def fit(
     muon_names: Collection[str] = (),
     save_every_s: float = 60.0,
 ) -> Fitted[ModelT]:
-    """Minimises `loss(model, step)` with AdamW, clipped at norm 1, and returns the averaged weights.
+    """Minimises `loss(model, step)` by AdamW (and Muon), clipped at norm 1, and returns the averaged weights.
 
     Args:
         name: shown beside the progress bar.
         model: trained in place.
-        loss: scalar loss of one step; all its randomness is keyed by the step.
+        loss: scalar loss of one step; a resumed run equals one never interrupted if the step alone sets it.
         schedule: length and learning rate.
-        state: file that the run is saved to and resumed from.
+        state: file that the run is saved to and resumed from; its name must be this run's alone.
         device: where the model is trained; `loss` puts its batch there.
         muon_names: matrices that are trained by Muon (Jordan et al. 2024, as `torch.optim.Muon`) in place of AdamW.
         save_every_s: seconds between saves.

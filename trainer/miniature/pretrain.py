@@ -1,133 +1,170 @@
-"""Makes the miniature's weights: `python -m trainer.miniature.pretrain {vqvae,label,style,var,all,pictures}`.
+"""Makes the miniature's weights: `python -m trainer.miniature.pretrain {vqvae,label,style,var,all,measure,pictures}`.
 
-Each stage renders its pictures, trains, measures itself on held-out seeds and writes its weights and its record under
-`trainer/miniature/weights/`. A stage that was interrupted goes on where it was saved.
+Each stage renders its pictures, trains, stores its weights under `trainer/miniature/weights/`, measures them on
+held-out seeds and writes its record beside them. A stage that was interrupted goes on where it was saved; `measure`
+measures the stored weights anew.
 """
 
 import argparse
+import hashlib
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Literal
 
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from safetensors.torch import save_file
+from torch import Tensor
 
-from trainer.miniature import classifiers, prior, quality, tokenizer
+from trainer.miniature import classifiers, objects, prior, quality, render, tokenizer
 from trainer.miniature.classifiers import Kind
 from trainer.miniature.objects import CLASSES
 from trainer.miniature.render import POLICY_WORLD, WIDE_WORLD, Renders, World, render_set
-from trainer.miniature.weights import (
-    FOLDER,
-    VAR_FILE,
-    VQVAE_FILE,
-    classifier_file,
-    load_classifier,
-    record,
-)
-from trainer.models.checkpoints import CheckpointError, load_var, load_vqvae, save_var, save_vqvae
+from trainer.miniature.weights import FILES, record_metrics, record_training, sha256
+from trainer.models.checkpoints import CheckpointError, load_vqvae, save_var, save_vqvae, write_atomically
 
-STAGES = ("vqvae", "label", "style", "var")
+Stage = Literal["vqvae", "label", "style", "var"]
 PICTURES, POLICY_PICTURES = 48_000, 96_000
 TOKENIZER_SEED, POLICY_SEED = 1, 2  # of the rendered sets; evaluation uses `HELD_OUT_SEED`
-EVALUATED = 1024  # held-out pictures
 STORED = torch.float16
+EXIT_INTERRUPTED = 130
 
 
-def rendered(cache: Path, seed: int, count: int, world: World, workers: int) -> Renders:
+@dataclass(frozen=True)
+class Job:
+    """Where and how a stage is trained.
+
+    Args:
+        cache: folder of renders, tokens and resumable states.
+        seed: of the training.
+        workers: processes that render.
+        device: where the model is trained.
+    """
+
+    cache: Path
+    seed: int
+    workers: int
+    device: torch.device
+
+    def kept(self, name: str, *made_of: object) -> Path:
+        """The cached file of that name and origin: whatever is made of other things has another path."""
+        self.cache.mkdir(parents=True, exist_ok=True)
+        stem, dot, suffix = name.partition(".")
+        return self.cache / f"{stem}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}{dot}{suffix}"
+
+
+def rendered(job: Job, seed: int, count: int, world: World) -> Renders:
     """A training set, rendered once and kept in the cache."""
-    path = cache / f"renders_{seed}_{count}.npz"
+    renderer = [sha256(Path(str(module.__file__))) for module in (render, objects)]
+    path = job.kept("renders.npz", renderer, seed, count, world)
     if not path.exists():
-        fresh = render_set(seed, count, world, workers=workers)
-        cache.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".tmp").open("wb") as file:
-            np.savez(file, images=fresh.images, labels=fresh.labels, styles=fresh.styles, captions=fresh.captions)
-        path.with_suffix(".tmp").replace(path)
+        fresh = render_set(seed, count, world, workers=job.workers)
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                np.savez(file, images=fresh.images, labels=fresh.labels, styles=fresh.styles, captions=fresh.captions)
+
+        write_atomically(path, fresh.images.nbytes, write)
     with np.load(path) as stored:
         return Renders(stored["images"], stored["labels"], stored["styles"], stored["captions"].tolist())
 
 
-def pretrain_classifier(kind: Kind, cache: Path, seed: int, workers: int, device: torch.device) -> dict[str, float]:
-    """Trains and stores one classifier; returns its accuracy on held-out pictures, and on their reconstructions.
+def tokenized(job: Job, renders: Renders) -> Tensor:
+    """The pictures' tokens, int64 (N, L), made once and kept in the cache."""
+    pictures = hashlib.sha256(renders.images.data).hexdigest()
+    path = job.kept("tokens.pt", sha256(FILES["vqvae"]), pictures)
+    if not path.exists():
+        tokens_NL = prior.tokenize(load_vqvae(FILES["vqvae"], device=job.device), renders.images).to(torch.int16)
+        write_atomically(path, tokens_NL.nbytes, lambda temporary: torch.save(tokens_NL, temporary))
+    stored: Tensor = torch.load(path, weights_only=True)
+    return stored.long()
+
+
+def train_vqvae(job: Job) -> None:
+    """Trains and stores the tokenizer."""
+    renders = rendered(job, TOKENIZER_SEED, PICTURES, WIDE_WORLD)
+    state = job.kept("vqvae.pt", job.seed, tokenizer.CONFIG, tokenizer.SCHEDULE, PICTURES, WIDE_WORLD)
+    fitted = tokenizer.train(renders.images, seed=job.seed, state=state, device=job.device)
+    save_vqvae(FILES["vqvae"], fitted.model.cpu().to(memory_format=torch.contiguous_format), dtype=STORED)
+    record_training("vqvae", fitted.seconds, job.seed, tokenizer.SCHEDULE)
+
+
+def train_judge(kind: Kind, job: Job) -> None:
+    """Trains and stores one classifier.
 
     It will judge samples, which come out of the decoder, so half of what it learns from has passed the tokenizer.
     """
-    vqvae = load_vqvae(VQVAE_FILE)
-    renders = rendered(cache, TOKENIZER_SEED, PICTURES, WIDE_WORLD, workers)
+    renders = rendered(job, TOKENIZER_SEED, PICTURES, WIDE_WORLD)
     rows = np.flatnonzero(np.arange(PICTURES) // len(CLASSES) % 2)  # classes take turns: every second round of them
-    renders.images[rows] = quality.reconstruct(vqvae, renders.images[rows])
-    fitted = classifiers.train(kind, renders, seed=seed, state=cache / f"{kind}.pt", device=device)
-    model = fitted.model.cpu()
-    save_file({name: t.to(STORED).contiguous() for name, t in model.state_dict().items()}, classifier_file(kind))
-    model = load_classifier(kind)
-    every, policy = quality.held_out(EVALUATED), quality.held_out(EVALUATED, POLICY_WORLD)
-    targets, policy_targets = (r.labels if kind == "label" else r.styles for r in (every, policy))
-    metrics = {
-        "accuracy/wide_world": classifiers.accuracy(model, every.images, targets),
-        "accuracy/policy_world": classifiers.accuracy(model, policy.images, policy_targets),
-        "accuracy/reconstructions": classifiers.accuracy(model, quality.reconstruct(vqvae, every.images), targets),
-    }
-    record(kind, fitted.seconds, seed, classifiers.SCHEDULE, metrics)
-    return metrics
+    renders.images[rows] = quality.reconstruct(load_vqvae(FILES["vqvae"]), renders.images[rows])
+    origin = (job.seed, classifiers.SCHEDULE, PICTURES, WIDE_WORLD, sha256(FILES["vqvae"]))
+    fitted = classifiers.train(kind, renders, seed=job.seed, state=job.kept(f"{kind}.pt", *origin), device=job.device)
+    weights = {name: entry.to("cpu", STORED).contiguous() for name, entry in fitted.model.state_dict().items()}
+    needed = sum(entry.nbytes for entry in weights.values())
+    write_atomically(FILES[kind], needed, lambda temporary: save_file(weights, temporary))
+    record_training(kind, fitted.seconds, job.seed, classifiers.SCHEDULE)
 
 
-def pretrain_vqvae(cache: Path, seed: int, workers: int, device: torch.device) -> dict[str, float]:
-    """Trains and stores the tokenizer; returns its reconstruction quality."""
-    renders = rendered(cache, TOKENIZER_SEED, PICTURES, WIDE_WORLD, workers)
-    fitted = tokenizer.train(renders.images, seed=seed, state=cache / "vqvae.pt", device=device)
-    save_vqvae(VQVAE_FILE, fitted.model.cpu().to(memory_format=torch.contiguous_format), dtype=STORED)
-    metrics = quality.tokenizer_quality(load_vqvae(VQVAE_FILE), quality.held_out(EVALUATED))
-    record("vqvae", fitted.seconds, seed, tokenizer.SCHEDULE, metrics)
-    return metrics
+def train_var(job: Job) -> None:
+    """Trains and stores the policy."""
+    vqvae = load_vqvae(FILES["vqvae"], device=job.device)
+    renders = rendered(job, POLICY_SEED, POLICY_PICTURES, POLICY_WORLD)
+    tokens_NL, labels_N = tokenized(job, renders), torch.from_numpy(renders.labels)
+    origin = (job.seed, prior.CONFIG, prior.SCHEDULE, POLICY_PICTURES, POLICY_WORLD, sha256(FILES["vqvae"]))
+    state = job.kept("var.pt", *origin)
+    fitted = prior.train(vqvae, tokens_NL, labels_N, seed=job.seed, state=state, device=job.device)
+    save_var(FILES["var"], fitted.model.cpu(), dtype=STORED)
+    record_training("var", fitted.seconds, job.seed, prior.SCHEDULE)
 
 
-def pretrain_var(cache: Path, seed: int, workers: int, device: torch.device) -> dict[str, float]:
-    """Trains and stores the policy; returns what docs/miniature.md asks of it."""
-    vqvae = load_vqvae(VQVAE_FILE, device=device)
-    renders = rendered(cache, POLICY_SEED, POLICY_PICTURES, POLICY_WORLD, workers)
-    tokens = cache / "tokens.pt"
-    if not tokens.exists():
-        torch.save(prior.tokenize(vqvae, renders.images).to(torch.int16), tokens)
-    tokens_NL = torch.load(tokens, weights_only=True).long()
-    labels_N = torch.from_numpy(renders.labels)
-    fitted = prior.train(vqvae, tokens_NL, labels_N, seed=seed, state=cache / "var.pt", device=device)
-    save_var(VAR_FILE, fitted.model.cpu(), dtype=STORED)
-    models = load_var(VAR_FILE), load_vqvae(VQVAE_FILE)
-    metrics = quality.policy_quality(*models, load_classifier("label"), load_classifier("style"))
-    record("var", fitted.seconds, seed, prior.SCHEDULE, metrics)
-    return metrics
+TRAIN: dict[Stage, Callable[[Job], None]] = {
+    "vqvae": train_vqvae,
+    "label": lambda job: train_judge("label", job),
+    "style": lambda job: train_judge("style", job),
+    "var": train_var,
+}
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
 
 
 def main() -> int:
     """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m trainer.miniature.pretrain", description=__doc__)
-    parser.add_argument("stage", choices=(*STAGES, "all", "pictures"))
+    parser.add_argument("stage", choices=(*TRAIN, "all", "measure", "pictures"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=Path(".cache/pretrain"), help="renders and resumable state")
     parser.add_argument("--pictures", type=Path, default=Path("docs/pictures"), help="folder of the grids")
-    parser.add_argument("--workers", type=int, default=2, help="processes that render")
+    parser.add_argument("--workers", type=_count, default=2, help="processes that render")
     arguments = parser.parse_args()
     console = Console(stderr=True, highlight=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    FOLDER.mkdir(exist_ok=True)
+    job = Job(arguments.cache, arguments.seed, arguments.workers, device)
     try:
-        for stage in STAGES if arguments.stage == "all" else (arguments.stage,):
-            common = (arguments.cache, arguments.seed, arguments.workers, device)
-            if stage == "vqvae":
-                metrics = pretrain_vqvae(*common)
-            elif stage == "var":
-                metrics = pretrain_var(*common)
-            elif stage == "pictures":
-                metrics = {}
-                quality.save_pictures(arguments.pictures, load_vqvae(VQVAE_FILE), load_var(VAR_FILE))
-            else:
-                metrics = pretrain_classifier(cast(Kind, stage), *common)
+        if arguments.stage == "pictures":
+            quality.save_pictures(arguments.pictures)
+            return 0
+        for stage in TRAIN if arguments.stage in ("all", "measure") else (arguments.stage,):
+            if arguments.stage != "measure":
+                TRAIN[stage](job)
+            metrics = quality.measure(stage)
+            record_metrics(stage, metrics)
             for name, value in metrics.items():
                 console.print(f"{stage:8} {name:36} {value:.4f}")
     except (CheckpointError, OSError, FloatingPointError) as error:
-        console.print(f"[bold red]error:[/] {error}", soft_wrap=True)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         return 1
+    except KeyboardInterrupt:
+        remedy = "the same command goes on where the stage was last saved"
+        console.print(f"[bold red]error:[/] interrupted; {remedy}", soft_wrap=True)
+        return EXIT_INTERRUPTED
     return 0
 
 

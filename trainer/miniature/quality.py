@@ -4,16 +4,19 @@ Shape legend: B images · H, W pixels.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.miniature.classifiers import Classifier, accuracy, predict
+from trainer.miniature.classifiers import Kind, accuracy, predict
 from trainer.miniature.objects import CLASSES
 from trainer.miniature.prior import tokenize
 from trainer.miniature.render import HELD_OUT_SEED, LUMA, POLICY_WORLD, STYLES, WIDE_WORLD, Renders, World, render_set
 from trainer.miniature.tokenizer import psnr, to_float
+from trainer.miniature.weights import FILES, load_classifier
+from trainer.models.checkpoints import load_var, load_vqvae
 from trainer.models.var import VAR
 from trainer.models.vqvae import VQVAE
 from trainer.pictures import save_grid
@@ -22,8 +25,20 @@ from trainer.policy import decode_uint8, generate, keyed_uniforms, sample
 Images = NDArray[np.uint8]
 # The miniature's inference settings; top-k keeps the same share of the vocabulary as the official 900 of 4096.
 GUIDANCE, TOP_K, TOP_P = 1.5, 112, 0.96
-BRIGHT, DARK, RL_TEMPERATURE = 0.8, 0.2, 0.7
-SAMPLE_SEED = 7
+BRIGHT, DARK = 0.8, 0.2
+SAMPLE_SEED, PICTURES_SEED = 7, 8
+EVALUATED = 1024  # held-out pictures, or samples of a kind
+
+
+class Sampling(NamedTuple):
+    """A way of drawing samples; no two share random numbers, for `key` takes the place of the step in theirs."""
+
+    key: int
+    temperature: float = 1.0
+    guided: bool = False
+
+
+PLAIN, COOL, INFERENCE = Sampling(0), Sampling(1, temperature=0.7), Sampling(2, guided=True)
 
 
 def held_out(count: int, world: World = WIDE_WORLD) -> Renders:
@@ -50,17 +65,17 @@ def tokenizer_quality(vqvae: VQVAE, renders: Renders) -> dict[str, float]:
 
 
 @torch.no_grad()
-def draw(var: VAR, vqvae: VQVAE, count: int, *, temperature: float = 1.0, guided: bool = False) -> Images:
-    """Samples whose labels take turns; plain at a temperature, or with the inference settings."""
+def draw(var: VAR, vqvae: VQVAE, count: int, sampling: Sampling, *, seed: int = SAMPLE_SEED) -> Images:
+    """Samples whose labels take turns."""
     pieces: list[Images] = []
     for first in range(0, count, 64):
         slots = range(first, min(first + 64, count))
         labels = torch.tensor([slot % len(CLASSES) for slot in slots])
-        uniforms = keyed_uniforms(SAMPLE_SEED, 0, slots, 1, var.config.length)
-        if guided:
+        uniforms = keyed_uniforms(seed, sampling.key, slots, 1, var.config.length)
+        if sampling.guided:
             rollout = generate(var, vqvae, labels, uniforms_BL=uniforms, guidance=GUIDANCE, top_k=TOP_K, top_p=TOP_P)
         else:
-            rollout = sample(var, vqvae, labels, temperature=temperature, uniforms_BL=uniforms)
+            rollout = sample(var, vqvae, labels, temperature=sampling.temperature, uniforms_BL=uniforms)
         pieces.append(decode_uint8(vqvae, rollout.f_hat_BCHW).numpy())
     return np.concatenate(pieces)
 
@@ -85,12 +100,25 @@ def brightness(images: Images) -> NDArray[np.float64]:
     return np.asarray((images / 255.0 @ LUMA).mean(axis=(1, 2)))
 
 
-def policy_quality(var: VAR, vqvae: VQVAE, label: Classifier, style: Classifier) -> dict[str, float]:
+def judge_quality(kind: Kind) -> dict[str, float]:
+    """Accuracy of a classifier on renders of both worlds, and on the reconstructions that it will be shown."""
+    model, wide, policy = load_classifier(kind), held_out(EVALUATED), held_out(EVALUATED, POLICY_WORLD)
+    targets, policy_targets = (r.labels if kind == "label" else r.styles for r in (wide, policy))
+    restored = reconstruct(load_vqvae(FILES["vqvae"]), wide.images)
+    return {
+        "accuracy/wide_world": accuracy(model, wide.images, targets),
+        "accuracy/policy_world": accuracy(model, policy.images, policy_targets),
+        "accuracy/reconstructions": accuracy(model, restored, targets),
+    }
+
+
+def policy_quality(var: VAR, vqvae: VQVAE) -> dict[str, float]:
     """The bar of docs/miniature.md for the pre-trained policy."""
-    count = 1024
+    label, style = load_classifier("label"), load_classifier("style")
+    count = EVALUATED
     targets = np.arange(count) % len(CLASSES)
-    plain, guided = draw(var, vqvae, 2 * count), draw(var, vqvae, count, guided=True)
-    cool = draw(var, vqvae, count, temperature=RL_TEMPERATURE)
+    plain, cool = draw(var, vqvae, 2 * count, PLAIN), draw(var, vqvae, count, COOL)
+    guided = draw(var, vqvae, count, INFERENCE)
     renders = held_out(count, POLICY_WORLD)
     painting = STYLES.index("painting")
     called_painting = np.concatenate([predict(style, batch).argmax(axis=1) == painting for batch in (plain, cool)])
@@ -109,8 +137,28 @@ def policy_quality(var: VAR, vqvae: VQVAE, label: Classifier, style: Classifier)
     }
 
 
-def save_pictures(folder: Path, vqvae: VQVAE, var: VAR | None) -> None:
-    """Grids of renders (a row a style), of reconstructions (below each original) and of samples."""
+def measure(stage: str) -> dict[str, float]:
+    """What docs/miniature.md asks of a stage's stored weights.
+
+    Raises:
+        CheckpointError: weights are missing.
+    """
+    if stage in ("label", "style"):
+        return judge_quality("label" if stage == "label" else "style")
+    vqvae = load_vqvae(FILES["vqvae"])
+    if stage == "vqvae":
+        return tokenizer_quality(vqvae, held_out(EVALUATED))
+    return policy_quality(load_var(FILES["var"]), vqvae)
+
+
+def save_pictures(folder: Path) -> None:
+    """Grids of renders (a row a style), of reconstructions (below each original) and of samples.
+
+    Raises:
+        CheckpointError: weights are missing.
+        OSError: a picture cannot be written.
+    """
+    var, vqvae = load_var(FILES["var"]), load_vqvae(FILES["vqvae"])
     every = held_out(64 * len(CLASSES))
     rows = []
     for index in range(len(STYLES)):
@@ -121,10 +169,6 @@ def save_pictures(folder: Path, vqvae: VQVAE, var: VAR | None) -> None:
     restored = reconstruct(vqvae, originals)
     pairs = np.stack([originals.reshape(4, 16, *originals.shape[1:]), restored.reshape(4, 16, *originals.shape[1:])], 1)
     save_grid(folder / "reconstructions.png", pairs.reshape(-1, *originals.shape[1:]), columns=len(CLASSES))
-    if var is not None:
-        plain = draw(var, vqvae, 64)
-        cool = draw(var, vqvae, 64, temperature=RL_TEMPERATURE)
-        guided = draw(var, vqvae, 64, guided=True)
-        save_grid(folder / "samples_temperature_1.png", plain, columns=len(CLASSES))
-        save_grid(folder / "samples_temperature_0.7.png", cool, columns=len(CLASSES))
-        save_grid(folder / "samples_inference.png", guided, columns=len(CLASSES))
+    for name, sampling in (("temperature_1", PLAIN), ("temperature_0.7", COOL), ("inference", INFERENCE)):
+        images = draw(var, vqvae, 64, sampling, seed=PICTURES_SEED)
+        save_grid(folder / f"samples_{name}.png", images, columns=len(CLASSES))

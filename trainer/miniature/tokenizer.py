@@ -44,22 +44,23 @@ def _distance(restored_B3HW: Tensor, images_B3HW: Tensor) -> Tensor:
 class CodeKeeper:
     """Places the codes at the start, and moves those that nothing uses onto vectors that are badly served.
 
-    The state is a running count of uses a step; it starts afresh after a resumption, which only delays a revival.
+    It keeps a running count of uses a step. The count starts afresh after a resumption, so that a resumed training
+    revives other codes than one that was never interrupted.
     """
 
     def __init__(self, vqvae: VQVAE, seed: int) -> None:
         self.embedding = vqvae.quantize.embedding
         self.uses_V = torch.ones_like(self.embedding.weight[:, 0])
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
 
     @torch.no_grad()
     def place(self, vqvae: VQVAE, images_B3HW: Tensor) -> None:
         """k-means over the residuals of every scale, scale after scale, so that each sees the codes before it."""
         latents = vqvae.latents(images_B3HW)
         weight = self.embedding.weight
-        for _ in range(3):  # the residuals of fine scales depend on the codes of coarse ones
+        for round_ in range(3):  # the residuals of fine scales depend on the codes of coarse ones
             residuals = torch.cat(vqvae.quantize(latents).residuals)
-            weight.copy_(residuals[self._pick(len(residuals), len(weight))])
+            weight.copy_(residuals[self._pick(len(residuals), len(weight), round_)])
             for _ in range(10):
                 nearest_N = vqvae.quantize.nearest(residuals)
                 counts_V = torch.bincount(nearest_N, minlength=len(weight)).float()
@@ -67,8 +68,9 @@ class CodeKeeper:
                 used = counts_V > 0
                 weight[used] = sums_VC[used] / counts_V[used, None]
 
-    def _pick(self, count: int, wanted: int) -> Tensor:
-        return torch.randint(count, (wanted,), generator=self.generator).to(self.uses_V.device)
+    def _pick(self, count: int, wanted: int, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return torch.randint(count, (wanted,), generator=generator).to(self.uses_V.device)
 
     @torch.no_grad()
     def revive(self, step: int, tokens_BL: Tensor, residuals: list[Tensor]) -> None:
@@ -79,7 +81,7 @@ class CodeKeeper:
         if step % REVIVE_EVERY or not len(dead):
             return
         pool = torch.cat(residuals)
-        self.embedding.weight[dead] = pool[self._pick(len(pool), len(dead))]
+        self.embedding.weight[dead] = pool[self._pick(len(pool), len(dead), step)]
         self.uses_V[dead] = 0.5
 
 

@@ -1,5 +1,6 @@
-"""The miniature's shipped weights, by name."""
+"""The miniature's shipped weights, by name, and the record of how they were made."""
 
+import hashlib
 import json
 from dataclasses import asdict
 from importlib import resources
@@ -12,49 +13,76 @@ from safetensors.torch import load_file
 
 from trainer.miniature.classifiers import OUTPUTS, Classifier, Kind
 from trainer.miniature.fitting import Schedule
-from trainer.models.checkpoints import CheckpointError
+from trainer.models.checkpoints import CheckpointError, write_atomically
 
 FOLDER = Path(str(resources.files("trainer.miniature") / "weights"))
-VQVAE_FILE = FOLDER / "vqvae.safetensors"
-VAR_FILE = FOLDER / "var.safetensors"
+FILES = {
+    "vqvae": FOLDER / "vqvae.safetensors",
+    "label": FOLDER / "label_classifier.safetensors",
+    "style": FOLDER / "style_classifier.safetensors",
+    "var": FOLDER / "var.safetensors",
+}
 METRICS_FILE = FOLDER / "metrics.json"
 
 
-def classifier_file(kind: Kind) -> Path:
-    """Where the weights of one of the classifiers are."""
-    return FOLDER / f"{kind}_classifier.safetensors"
-
-
-def load_classifier(kind: Kind) -> Classifier:
+def load_classifier(kind: Kind, *, device: str | torch.device = "cpu") -> Classifier:
     """One of the miniature's classifiers, frozen, float32.
 
     Raises:
         CheckpointError: the file is missing or not this classifier's.
     """
-    path, model = classifier_file(kind), Classifier(OUTPUTS[kind])
+    path, model = FILES[kind], Classifier(OUTPUTS[kind])
     try:
         state = {name: tensor.float() for name, tensor in load_file(path).items()}
         model.load_state_dict(state)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: {str(error).splitlines()[0]}; expected the miniature's {kind} classifier; "
-            f"make it with: python -m trainer.miniature.pretrain {kind}"
+            f"{path}: {str(error).splitlines()[0]}; expected the miniature's {kind} classifier; {remedy(kind)}"
         ) from error
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).to(device)
 
 
-def record(stage: str, seconds: float, seed: int, schedule: Schedule, metrics: dict[str, float]) -> None:
-    """Writes down how a stage's weights were made, beside them."""
-    content: dict[str, Any] = json.loads(METRICS_FILE.read_text()) if METRICS_FILE.exists() else {}
-    content[stage] = {
-        "command": f"python -m trainer.miniature.pretrain {stage}",
-        "seed": seed,
-        "schedule": asdict(schedule),
-        "seconds": round(seconds),
-        "hardware": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "metrics": {name: round(value, 4) for name, value in metrics.items()},
-    }
-    METRICS_FILE.write_text(json.dumps(content, indent=2) + "\n")
+def remedy(stage: str) -> str:
+    """What to do where the weights of a stage are missing."""
+    return f"make it with: python -m trainer.miniature.pretrain {stage}"
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def record_training(stage: str, seconds: float, seed: int, schedule: Schedule) -> None:
+    """Writes down how a stage's weights were made, beside them; its metrics are forgotten until they are measured."""
+    seeded = f" --seed {seed}" if seed else ""
+    _record(
+        stage,
+        {
+            "command": f"python -m trainer.miniature.pretrain {stage}{seeded}",
+            "sha256": sha256(FILES[stage]),
+            "seed": seed,
+            "schedule": asdict(schedule),
+            "seconds": round(seconds),
+            "hardware": torch.cuda.get_device_name()
+            if torch.cuda.is_available()
+            else f"CPU, {torch.get_num_threads()} threads",
+            "torch": torch.__version__,
+        },
+    )
+
+
+def record_metrics(stage: str, metrics: dict[str, float]) -> None:
+    """Writes down what a stage's weights were measured at."""
+    _record(stage, read_records()[stage] | {"metrics": {name: round(value, 4) for name, value in metrics.items()}})
+
+
+def read_records() -> dict[str, dict[str, Any]]:
+    """The record of every stage: command, sha256 of the file, seed, schedule, seconds, hardware, metrics."""
+    records: dict[str, dict[str, Any]] = json.loads(METRICS_FILE.read_text()) if METRICS_FILE.exists() else {}
+    return records
+
+
+def _record(stage: str, content: dict[str, Any]) -> None:
+    text = json.dumps(read_records() | {stage: content}, indent=2) + "\n"
+    write_atomically(METRICS_FILE, len(text), lambda temporary: temporary.write_text(text))

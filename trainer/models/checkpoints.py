@@ -195,7 +195,10 @@ def write_atomically(path: Path, needed: int, write: Callable[[Path], object]) -
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask wants it; safetensors would make the file its owner's alone
         write(temporary)
+        temporary.chmod(mode)
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)

@@ -7,8 +7,7 @@ Shape legend: B images · L all tokens of an image · C latent channels · H, W 
 3hw an RGB image in [−1, 1].
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +44,6 @@ class VQVAEConfig:
     def image_size(self) -> int:
         """Side of the image in pixels."""
         return self.patch_nums[-1] << (len(self.ch_mult) - 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for the metadata of a checkpoint."""
-        return asdict(self)
 
 
 class ResnetBlock(nn.Module):

@@ -1,0 +1,17 @@
+"""Settings of the trainer that come from the environment: the one place here that reads it."""
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """What a run may be told besides its recipe."""
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, frozen=True, extra="ignore")
+
+    reward_token: SecretStr | None = Field(default=None, description="bearer token for the run's reward services")
+
+    @property
+    def token(self) -> str | None:
+        """The bearer token in plain text, for a request's header."""
+        return None if self.reward_token is None else self.reward_token.get_secret_value()
