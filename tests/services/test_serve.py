@@ -43,8 +43,9 @@ def score(url: str, images_BHWC: np.ndarray, *, deadline_s: float = 60.0) -> Sco
 
 
 @pytest.fixture(autouse=True)
-def own_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A temporary folder of the test's own, its path short enough for a socket, so that no neighbour is counted."""
+    tmp_path_factory.getbasetemp()  # first: it would otherwise be made inside, and go with it
     with tempfile.TemporaryDirectory(prefix="t-") as folder:
         monkeypatch.setenv("TMPDIR", folder)
         monkeypatch.setattr(tempfile, "tempdir", folder)
