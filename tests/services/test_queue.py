@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
@@ -53,10 +54,12 @@ def work_queue(redis: Redis, consumer: str, *, lease_ms: int = LEASE_MS) -> Work
 
 
 @contextlib.asynccontextmanager
-async def working(redis: Redis, reward: Reward, limits: WorkerLimits = LIMITS) -> AsyncIterator[None]:
+async def working(
+    redis: Redis, reward: Reward, limits: WorkerLimits = LIMITS, *, consumer: str = "worker"
+) -> AsyncIterator[None]:
     """A worker in this process."""
     stop, ready = asyncio.Event(), asyncio.Event()
-    worker = Worker(work_queue(redis, "worker"), reward, limits)
+    worker = Worker(work_queue(redis, consumer), reward, limits)
     await worker.warmup()
     task = asyncio.create_task(worker.run(stop, on_ready=ready.set))
     await ready.wait()
@@ -123,6 +126,22 @@ async def test_jobs_of_several_requests_share_a_forward_pass(redis: Redis, api: 
         await asyncio.gather(*(api.score(jobs_of(4, seed=seed), deadline_s=20.0) for seed in range(4)))
         await api.score(jobs_of(48), deadline_s=20.0)
     assert reward.batches == [16, 32, 16]
+
+
+async def test_a_lease_is_renewed_as_long_as_its_job_is_scored(redis: Redis, api: SubmitQueue) -> None:
+    """A forward pass of four leases is not taken over by the idle worker beside it."""
+
+    class SlowAndCounting(dummies.Counting):
+        def score(self, images_BHWC: np.ndarray, prompts: Sequence[str] | None) -> np.ndarray:
+            time.sleep(4 * LEASE_MS / 1000)
+            return super().score(images_BHWC, prompts)
+
+    first, second = SlowAndCounting(), SlowAndCounting()
+    jobs = jobs_of(4)
+    async with working(redis, first, consumer="first"), working(redis, second, consumer="second"):
+        assert scores(await api.score(jobs, deadline_s=20.0)) == expected(jobs)
+    assert first.batches + second.batches == [4]
+    await assert_nothing_left(redis)
 
 
 @pytest.mark.parametrize(("reward", "words"), [(dummies.Nan(), "nan for 1 of 4"), (dummies.Picky(), "poison")])
