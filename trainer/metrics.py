@@ -11,7 +11,7 @@ from typing import Self
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 Metrics = dict[str, float | None]
@@ -64,8 +64,7 @@ class MetricsLog:
         self._bar = Progress(
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=24),
-            TimeElapsedColumn(),
+            BarColumn(bar_width=10),
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
             console=console,
@@ -110,12 +109,12 @@ def _headline(metrics: Mapping[str, float | None]) -> str:
         ("reward", "reward", "{:.3f}"),
         ("success_rate", "success", "{:.0%}"),
         ("label_accuracy", "label", "{:.0%}"),
-        ("kl", "kl", "{:.4f}"),
-        ("images_per_second", "img/s", "{:.1f}"),
-    )
+        ("kl", "kl", "{:.3f}"),
+        ("images_per_second", "img/s", "{:.0f}"),
+    )  # short enough for a terminal of 80 columns
     parts = []
     for name, short, form in shown:
         value = metrics.get(name)
         if value is not None:
             parts.append(f"{short} {form.format(value)}")
-    return "  ".join(parts)
+    return " ".join(parts)

@@ -8,13 +8,14 @@ measures the stored weights anew.
 import argparse
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 from safetensors.torch import save_file
@@ -93,14 +94,39 @@ def train_vqvae(job: Job) -> None:
     record_training("vqvae", fitted.seconds, job.seed, tokenizer.SCHEDULE)
 
 
+def swap_fine_scales(tokens_NL: Tensor, groups_N: NDArray[np.int64], lengths: Sequence[int], seed: int) -> Tensor:
+    """Gives every second picture the fine scales of another of its group: malformed, as a sample may be.
+
+    Args:
+        tokens_NL: int64 (N, L).
+        groups_N: int64 (N,).
+        lengths: tokens of each scale.
+        seed: of the draws: whose scales, and from which one on (the third at the earliest).
+
+    Returns:
+        int64 (N, L); `tokens_NL` is left as it is.
+    """
+    generator, mixed_NL = np.random.default_rng(seed), tokens_NL.clone()
+    starts = np.cumsum([0, *lengths])[2:-1]
+    for row in range(1, len(tokens_NL), 2):
+        donor = generator.choice(np.flatnonzero(groups_N == groups_N[row]))
+        start = generator.choice(starts)
+        mixed_NL[row, start:] = tokens_NL[donor, start:]
+    return mixed_NL
+
+
 def train_judge(kind: Kind, job: Job) -> None:
     """Trains and stores one classifier.
 
-    It will judge samples, which come out of the decoder, so half of what it learns from has passed the tokenizer.
+    It will judge samples, which come out of the decoder, so half of what it learns from has passed the tokenizer. An
+    object that the policy draws badly is still of its style: half of those pictures are malformed for the judge of it.
     """
-    renders = rendered(job, TOKENIZER_SEED, PICTURES, WIDE_WORLD)
+    vqvae, renders = load_vqvae(FILES["vqvae"]), rendered(job, TOKENIZER_SEED, PICTURES, WIDE_WORLD)
     rows = np.flatnonzero(np.arange(PICTURES) // len(CLASSES) % 2)  # classes take turns: every second round of them
-    renders.images[rows] = quality.reconstruct(load_vqvae(FILES["vqvae"]), renders.images[rows])
+    tokens_NL = prior.tokenize(vqvae, renders.images[rows])
+    if kind == "style":
+        tokens_NL = swap_fine_scales(tokens_NL, renders.styles[rows], vqvae.quantize.lengths, job.seed)
+    renders.images[rows] = quality.decode_tokens(vqvae, tokens_NL)
     origin = (job.seed, classifiers.SCHEDULE, PICTURES, WIDE_WORLD, sha256(FILES["vqvae"]))
     fitted = classifiers.train(kind, renders, seed=job.seed, state=job.kept(f"{kind}.pt", *origin), device=job.device)
     weights = {name: entry.to("cpu", STORED).contiguous() for name, entry in fitted.model.state_dict().items()}

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from trainer.miniature.classifiers import Kind, accuracy, predict
 from trainer.miniature.objects import CLASSES
@@ -47,11 +48,15 @@ def held_out(count: int, world: World = WIDE_WORLD) -> Renders:
 
 
 @torch.no_grad()
-def reconstruct(vqvae: VQVAE, images: Images) -> Images:
-    """What encoding to tokens and decoding leaves of images, uint8 (B, H, W, 3)."""
-    tokens_BL = tokenize(vqvae, images)
+def decode_tokens(vqvae: VQVAE, tokens_BL: Tensor) -> Images:
+    """Pictures of tokens int64 (B, L), uint8 (B, H, W, 3)."""
     parts = [decode_uint8(vqvae, vqvae.quantize.embed_scales(part)[0]) for part in tokens_BL.split(64)]
     return torch.cat(parts).numpy()
+
+
+def reconstruct(vqvae: VQVAE, images: Images) -> Images:
+    """What encoding to tokens and decoding leaves of images, uint8 (B, H, W, 3)."""
+    return decode_tokens(vqvae, tokenize(vqvae, images))
 
 
 def tokenizer_quality(vqvae: VQVAE, renders: Renders) -> dict[str, float]:
