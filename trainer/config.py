@@ -134,7 +134,11 @@ class RewardConfig(_Section):
         if url is not None:
             try:
                 parts = httpx.URL(url)  # what the client will make of it
-                usable = parts.scheme in {"http", "https"} and bool(parts.host) and parts.port != 0
+                usable = (
+                    parts.scheme in {"http", "https"}
+                    and bool(parts.host)
+                    and (parts.port is None or 0 < parts.port < 65536)
+                )
             except (httpx.InvalidURL, ValueError):
                 usable = False
             if not usable or any(character.isspace() for character in url):

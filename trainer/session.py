@@ -1,6 +1,7 @@
 """One run from start to end: its folder, its services, the evaluation before and after, and the steps in between."""
 
 import json
+import os
 import platform
 import time
 from collections.abc import Mapping
@@ -146,10 +147,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def _versions(model: nn.Module) -> dict[str, str]:
-    device = next(model.parameters()).device
+    device, system = next(model.parameters()).device, os.uname()
     return {
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{system.sysname} {system.release} {system.machine}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": str(torch.get_num_threads()),
         **{package: version(package) for package in PACKAGES},

