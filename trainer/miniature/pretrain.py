@@ -33,6 +33,7 @@ PICTURES, POLICY_PICTURES = 48_000, 96_000
 TOKENIZER_SEED, POLICY_SEED = 1, 2  # of the rendered sets; evaluation uses `HELD_OUT_SEED`
 STORED = torch.float16
 EXIT_INTERRUPTED = 130
+RENDERER = tuple(sha256(Path(str(module.__file__))) for module in (render, objects))
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,17 @@ class Job:
     device: torch.device
 
     def kept(self, name: str, *made_of: object) -> Path:
-        """The cached file of that name and origin: whatever is made of other things has another path."""
+        """The cached file of that name and origin: what other things, or another renderer, made has another path."""
         self.cache.mkdir(parents=True, exist_ok=True)
         stem, dot, suffix = name.partition(".")
-        return self.cache / f"{stem}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}{dot}{suffix}"
+        return (
+            self.cache / f"{stem}-{hashlib.sha256(repr((RENDERER, *made_of)).encode()).hexdigest()[:12]}{dot}{suffix}"
+        )
 
 
 def rendered(job: Job, seed: int, count: int, world: World) -> Renders:
     """A training set, rendered once and kept in the cache."""
-    renderer = [sha256(Path(str(module.__file__))) for module in (render, objects)]
-    path = job.kept("renders.npz", renderer, seed, count, world)
+    path = job.kept("renders.npz", seed, count, world)
     if not path.exists():
         fresh = render_set(seed, count, world, workers=job.workers)
 
