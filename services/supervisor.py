@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 START_S = 900.0
 """Loading a large reward model from a cold disk takes minutes; beyond this something is wrong."""
 GRACE_S = 35.0
+"""How long a child may take to finish what it has in hand, when all are told to stop."""
+BROKEN_GRACE_S = 1.0
+"""Likewise when one of them has died: what the others have in hand cannot be finished without it."""
 REDIS_POLL_S = 0.5
 REDIS_SPARE_BYTES = 256 * 2**20
 
@@ -109,7 +112,7 @@ async def _supervise(options: ServeOptions, listeners: Sequence[socket.socket]) 
                 listener.close()  # its API listens now; a copy here would take connections that nobody serves
             await _until_stopped(children, redis, stop, urls, announces=options.announces)
         finally:
-            await _stop(children, received)
+            await _stop(children, received, GRACE_S if stop.is_set() else BROKEN_GRACE_S)
     return EXIT_INTERRUPTED if signal.SIGINT in received else 0
 
 
@@ -193,8 +196,8 @@ async def _wait_for_redis(redis: RedisServer | None) -> None:
         await asyncio.sleep(REDIS_POLL_S)
 
 
-async def _stop(children: Sequence[Child], received: list[int]) -> None:
-    """Stop the APIs, which still need the workers to finish, and then the workers."""
+async def _stop(children: Sequence[Child], received: list[int], grace_s: float) -> None:
+    """Stop the APIs, which still need the workers to finish, and then the workers; each role has `grace_s`."""
     for role in ("api", "worker"):
         group = [child for child in children if child.label.startswith(role)]
         for child in group:
@@ -203,7 +206,7 @@ async def _stop(children: Sequence[Child], received: list[int]) -> None:
         waits = asyncio.gather(*(child.process.wait() for child in group))
         signals = len(received)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GRACE_S):
+            async with asyncio.timeout(grace_s):
                 while not waits.done() and len(received) == signals:  # a further signal means: at once
                     await asyncio.wait([waits], timeout=0.05)
         for child in group:

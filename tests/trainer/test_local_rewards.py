@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
@@ -46,6 +47,12 @@ def listens(port: int) -> bool:
     except ConnectionRefusedError:
         return False
     return True
+
+
+def queued_images(url: str) -> float:
+    """Images that wait or are in work, as the service's metrics say."""
+    text = httpx.get(f"{url}/metrics", timeout=10).text
+    return next(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith("reward_queue_images"))
 
 
 def assert_gone(pids: set[int], port: int) -> None:
@@ -155,6 +162,7 @@ def test_a_run_whose_services_die_is_told_at_once(tmp_path: Path) -> None:
         )
         os.kill(worker, signal.SIGSTOP)
         pending = scorer.submit(random_images(3, 8, 8, 3))
+        wait_until(lambda: queued_images(services.urls["brightness"]) == 3)  # the API waits for them
         os.kill(worker, signal.SIGKILL)
         words = r"worker brightness: died with exit code -9.*services\.log"
         with pytest.raises(LocalRewardsError, match=words):
