@@ -1,4 +1,4 @@
-"""`python -m services serve|api|worker NAME`: run reward services.
+"""`python -m services serve|api|worker|dead NAME`: run reward services, and look after them.
 
 Only what the chosen role needs is imported, so that `serve` has its children loading at once.
 """
@@ -17,7 +17,6 @@ from services.processes import (
     inherit,
     open_standard_streams,
     reserve_stdout,
-    start_logging,
 )
 
 EXIT_ERROR = 1
@@ -47,6 +46,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     api.add_argument("--fd", type=int, help=argparse.SUPPRESS)
     worker = roles.add_parser("worker", parents=[common], help="the scoring side of one reward")
     worker.add_argument("name", metavar="NAME")
+    dead = roles.add_parser("dead", parents=[common], help="show the jobs that no worker answered")
+    dead.add_argument("name", metavar="NAME")
+    dead.add_argument("--json", action="store_true", help="one JSON object a line")
     return parser.parse_args(arguments)
 
 
@@ -59,12 +61,13 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError, RuntimeError: it cannot run; the message is one line with value, limit and remedy.
     """
-    from services.rewards import check_names  # noqa: PLC0415 - see the module
+    from services.logs import start_logging  # noqa: PLC0415 - see the module
+    from services.rewards import check_names  # noqa: PLC0415
     from services.settings import load_settings  # noqa: PLC0415
 
-    start_logging(quiet=options.announce and not options.verbose, file=options.log_file)
-    check_names(options.names if options.role == "serve" else [options.name])
     settings = load_settings(redis_url=options.redis_url)
+    start_logging(quiet=options.announce and not options.verbose, file=options.log_file, form=settings.log_format)
+    check_names(options.names if options.role == "serve" else [options.name])
     redis_url = settings.redis_url
     if options.role == "serve":
         from services.supervisor import ServeOptions, serve  # noqa: PLC0415
@@ -83,6 +86,10 @@ def run(options: argparse.Namespace) -> int:
         )
     if redis_url is None:
         raise StartError("REDIS_URL is not set: set it, or use `serve`, which starts a Redis of its own")
+    if options.role == "dead":
+        from services.roles.dead import show_dead  # noqa: PLC0415
+
+        return show_dead(options.name, redis_url, settings, as_json=options.json)
     if options.role == "worker":
         from services.roles.worker import run_worker  # noqa: PLC0415
 

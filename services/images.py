@@ -16,13 +16,13 @@ import io
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import ValidationError
 
 from services.protocol import Limits, ScoreRequest
@@ -36,6 +36,20 @@ TENSOR_NAME = "images"
 PROMPTS_KEY = "prompts"
 HEADER_LIMIT_BYTES = 8 * 2**20
 HEADER_LENGTH = struct.Struct("<Q")
+
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+PNG_DEPTH_BYTE = 24
+EXIF_ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns a picture upright, by its EXIF orientation."""
 
 
 class BodyError(ValueError):
@@ -184,25 +198,40 @@ def decode_json(body: bytes | bytearray, limits: Limits) -> Batch:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "body"
         raise BodyMalformed(f"{where}: {first['msg']}; expected {{'images': [base64, …], 'prompts': […]}}") from None
-    _check_count(len(request.images), limits)
-    _check_prompts(request.prompts, len(request.images), limits)
+    return decode_files(_base64_files(request.images), len(request.images), request.prompts, limits)
+
+
+def decode_files(files: Iterable[bytes], count: int, prompts: Sequence[str] | None, limits: Limits) -> Batch:
+    """Decode the picture files of one request.
+
+    Args:
+        files: the bytes of each file; they are taken one after the other.
+        count: how many there are.
+        prompts: one for each file, or None.
+        limits: bounds to hold them to; `max_body_bytes` also bounds the decoded pixels.
+
+    Returns:
+        The batch, with images of any mix of sizes.
+
+    Raises:
+        BodyMalformed, BodyTooLarge, ItemInvalid: see the module.
+    """
+    _check_count(count, limits)
+    _check_prompts(prompts, count, limits)
     room = limits.max_body_bytes
     images_HWC = []
-    for index, text in enumerate(request.images):
-        try:
-            data = base64.b64decode(text, validate=True)
-        except (binascii.Error, ValueError):
-            raise ItemInvalid(index, f"image {index} is not base64: send the file's bytes in standard base64") from None
+    for index, data in enumerate(files):
         images_HWC.append(decode_picture(data, index, limits, room_bytes=room))
         room -= images_HWC[-1].nbytes
-    return Batch(images_HWC, request.prompts)
+    return Batch(images_HWC, prompts)
 
 
 def decode_picture(data: bytes, index: int, limits: Limits, *, room_bytes: int) -> NDArray[np.uint8]:
     """Decode one PNG, JPEG or WebP file to RGB.
 
-    Rotation by EXIF is applied; grey is repeated over the channels; transparent pixels are laid over white; 16 bits
-    are cut to the upper 8; CMYK is converted by Pillow's rule. An animation is refused.
+    Rotation by EXIF is applied; grey is repeated over the channels; transparency is laid over white; of 16 bits the
+    upper 8 count; CMYK is converted by Pillow's rule; colour profiles are ignored; of an MPO the first picture counts;
+    an animation is refused. docs/contract.md has the table.
 
     Args:
         data: the bytes of the file.
@@ -230,9 +259,13 @@ def decode_picture(data: bytes, index: int, limits: Limits, *, room_bytes: int) 
                 raise BodyTooLarge(
                     f"the decoded images take more than {limits.max_body_bytes} bytes: send fewer or smaller ones"
                 )
-            if getattr(picture, "n_frames", 1) != 1:
+            if picture.format != "MPO" and getattr(picture, "n_frames", 1) != 1:
                 raise ItemInvalid(index, f"image {index} is animated: send a single frame")
+            if picture.format == "PNG" and data.rfind(PNG_END) == -1:
+                raise ItemInvalid(index, f"image {index} is cut off before the end of its PNG: send a whole file")
             picture.load()
+            if picture.format == "PNG" and data[PNG_DEPTH_BYTE] == 16:
+                picture.info.pop("transparency", None)  # a 16-bit key, which Pillow would compare with 8-bit pixels
             return _to_rgb(picture)
     except (BodyError, MemoryError):
         raise
@@ -324,15 +357,37 @@ def _check_prompts(prompts: Sequence[str] | None, count: int, limits: Limits) ->
             raise ItemInvalid(
                 index, f"prompt {index} has {len(prompt)} characters, limit {limits.max_prompt_chars}: shorten it"
             )
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise ItemInvalid(index, f"prompt {index} holds half a surrogate pair: send whole characters") from None
+
+
+def _base64_files(texts: Sequence[str]) -> Iterator[bytes]:
+    for index, text in enumerate(texts):
+        try:
+            yield base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError):
+            raise ItemInvalid(index, f"image {index} is not base64: send the file's bytes in standard base64") from None
 
 
 def _to_rgb(picture: Image.Image) -> NDArray[np.uint8]:
     """Turn a decoded picture of any mode into uint8 (H, W, 3)."""
-    upright = ImageOps.exif_transpose(picture)
-    if upright.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion to 8 bits clips it
-        grey_HW = np.clip(np.asarray(upright).astype(np.int64), 0, 2**16 - 1) >> 8
+    turn = UPRIGHT.get(_orientation(picture))
+    if turn is not None:
+        picture = picture.transpose(turn)
+    if picture.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion to 8 bits clips it
+        grey_HW = np.clip(np.asarray(picture).astype(np.int64), 0, 2**16 - 1) >> 8
         return np.repeat(grey_HW.astype(np.uint8)[:, :, None], 3, axis=2)
-    if upright.has_transparency_data:
-        colour = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour)
-    return np.array(upright.convert("RGB"), dtype=np.uint8)
+    if picture.has_transparency_data:
+        colour = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour)
+    return np.array(picture.convert("RGB"), dtype=np.uint8)
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF orientation; 1, upright, where there is none that can be read."""
+    try:
+        return int(picture.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:  # noqa: BLE001 - on broken EXIF Pillow fails in any way; the pixels are whole all the same
+        return 1

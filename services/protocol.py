@@ -15,6 +15,7 @@ METRICS_PATH = "/metrics"
 
 MEDIA_SAFETENSORS = "application/x-safetensors"
 MEDIA_JSON = "application/json"
+MEDIA_MULTIPART = "multipart/form-data"
 MEDIA_PROBLEM = "application/problem+json"
 
 HEADER_DEADLINE_MS = "X-Deadline-Ms"
@@ -22,11 +23,18 @@ HEADER_DEADLINE_MS = "X-Deadline-Ms"
 the service's own limit means that limit."""
 HEADER_REQUEST_ID = "X-Request-Id"
 """A name for the request that appears in the service's log and in its answer."""
+HEADER_IDEMPOTENCY_KEY = "Idempotency-Key"
+"""Names what is asked for, so that a repeat brings the first answer back; see `IDEMPOTENCY_KEY_PATTERN`."""
+HEADER_IDEMPOTENCY_REPLAYED = "Idempotency-Replayed"
+"""`true` with an answer that was found for an earlier request of the same key."""
 HEADER_RETRY_AFTER = "Retry-After"
 """Seconds to wait before the next attempt, with 429 and 503."""
 
 IDENTIFIER_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What the name and the version of a reward look like."""
+
+IDEMPOTENCY_KEY_PATTERN = r"^[!-~]{1,128}$"
+"""Printable ASCII without spaces."""
 
 FiniteFloat = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Identifier = Annotated[str, Field(strict=True, pattern=IDENTIFIER_PATTERN)]

@@ -111,6 +111,20 @@ class RedisServer:
         """Stop it and remove its directory."""
         self.close()
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether it was started and has ended since."""
+        return self.process is not None and self.process.poll() is not None
+
+    def revive(self) -> None:
+        """Start it again, at the same address and without its data.
+
+        Raises:
+            RedisMissing: it does not start.
+        """
+        self.process = self._start(find_redis())
+        self._wait()
+
     def close(self) -> None:
         """Stop it and remove its directory; a second call does nothing."""
         if self.process is not None:

@@ -4,7 +4,7 @@ Every variable begins with `REWARD_`, but for `REDIS_URL`, which others share.
 """
 
 import os
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -40,6 +40,11 @@ class Settings(BaseSettings):
     max_deadline_s: float = Field(default=600, gt=0, description="longest deadline that a request is given")
     default_deadline_s: float = Field(default=60, gt=0, description="deadline of a request that names none")
 
+    upload_stall_s: float = Field(default=10, gt=0, description="silence in an upload after which it is ended")
+    answer_ttl_s: float = Field(
+        default=600, ge=1, description="how long an Idempotency-Key brings the same answer back"
+    )
+
     job_images: int = Field(default=16, ge=1, description="images in one job")
     job_bytes: int = Field(default=4 * 2**20, ge=1, description="bytes of pixels in one job of several images")
     queue_images: int = Field(default=2048, ge=1, description="images that may wait or be in work; beyond it 429")
@@ -51,6 +56,8 @@ class Settings(BaseSettings):
     lease_ms: int = Field(default=15_000, ge=100, description="silence after which a worker's jobs are taken over")
     max_deliveries: int = Field(default=3, ge=1, description="deliveries without a reply that make a dead letter")
     score_timeout_s: float = Field(default=120, gt=0, description="longest forward pass; then the worker ends itself")
+
+    log_format: Literal["text", "json"] = Field(default="text", description="of the log: for people or for machines")
 
     @property
     def limits(self) -> Limits:

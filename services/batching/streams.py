@@ -5,6 +5,7 @@ lease, and replied to by whoever acknowledges it first. See `lua` for the atomic
 """
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,15 +14,19 @@ from typing import Any
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.commands.core import AsyncScript
 from redis.exceptions import BusyLoadingError, ConnectionError, ResponseError, TimeoutError
 
 from services.batching import lua
+from services.batching.survey import BATCH_BOUNDS
 
 GROUP = "workers"
 CANCEL_AGAIN_S = 0.5
 CONNECTIONS = 64
 KEY_TTL_MS = 3_600_000
 REPLY_TTL_MS = 600_000
+OVERDUE_MS = 1000
+"""How long after its deadline a job is dropped by whoever tidies up; until then its API does it."""
 DEAD_TTL_MS = 7 * 24 * 3_600_000
 
 QUEUE_GONE = (ConnectionError, TimeoutError, BusyLoadingError, OSError)
@@ -89,6 +94,11 @@ class Keys:
         return f"{self.prefix}:load"
 
     @property
+    def events(self) -> str:
+        """Hash of what `survey.Events` counts."""
+        return f"{self.prefix}:events"
+
+    @property
     def alive(self) -> str:
         """Exists while at least one warm worker lives."""
         return f"{self.prefix}:alive"
@@ -96,6 +106,10 @@ class Keys:
     def payload(self, uid: str) -> str:
         """Pixels and prompts of a job, as safetensors."""
         return f"{self.prefix}:payload:{uid}"
+
+    def answer(self, key: str) -> str:
+        """Hash of the answer to the requests of an idempotency key."""
+        return f"{self.prefix}:answer:{hashlib.sha256(key.encode()).hexdigest()}"
 
     def replies(self, api: str) -> str:
         """Stream of replies to one API process."""
@@ -111,6 +125,7 @@ class Delivery:
         uid: name of the job.
         images, size_bytes: what the job counts in the load.
         reply: key of the stream to reply to.
+        request: the request's name in the logs.
         submitted_ms, deadline_ms: by Redis's clock, since the epoch.
         deliveries: how often it was delivered, this one included.
     """
@@ -120,6 +135,7 @@ class Delivery:
     images: int
     size_bytes: int
     reply: str
+    request: str
     submitted_ms: int
     deadline_ms: int
     deliveries: int
@@ -132,25 +148,23 @@ class Reply:
     Attributes:
         scores: finite, one for each image of the job, in order; empty with an error.
         error: one line, or None.
+        index: the image of the job that caused the error, where it is known.
         expired: whether the error is a passed deadline.
+        lost: whether the error is that Redis no longer had the job's images; they may be submitted again.
         queue_ms, score_ms: time spent waiting and in the forward pass.
     """
 
     scores: tuple[float, ...] = ()
     error: str | None = None
+    index: int | None = None
     expired: bool = False
+    lost: bool = False
     queue_ms: float = 0.0
     score_ms: float = 0.0
 
     def to_fields(self, uid: str) -> list[str]:
         """The reply to job `uid` as the fields of a stream entry; its JSON holds no NaN."""
-        body = {
-            "scores": self.scores,
-            "error": self.error,
-            "expired": self.expired,
-            "queue_ms": self.queue_ms,
-            "score_ms": self.score_ms,
-        }
+        body = {name: getattr(self, name) for name in self.__slots__}
         return ["uid", uid, "body", json.dumps(body, allow_nan=False)]
 
     @classmethod
@@ -158,6 +172,27 @@ class Reply:
         """The inverse of `to_fields`: the job's uid and its reply."""
         body = json.loads(fields[b"body"])
         return fields[b"uid"].decode(), cls(**{**body, "scores": tuple(body["scores"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What Redis holds of a delivered job.
+
+    Attributes:
+        payload: pixels and prompts as safetensors; None if they are gone.
+        wanted: whether the API that submitted it still lives.
+    """
+
+    payload: bytes | None
+    wanted: bool
+
+
+async def tidy(script: AsyncScript, keys: Keys) -> None:
+    """Run `lua.TIDY` on a queue; both sides of it do."""
+    await script(
+        keys=[keys.jobs, keys.uploads, keys.load, keys.events],
+        args=[GROUP, KEY_TTL_MS, OVERDUE_MS, keys.payload("")],
+    )
 
 
 class WorkQueue:
@@ -180,7 +215,8 @@ class WorkQueue:
         self._renew = redis.register_script(lua.RENEW)
         self._take_over = redis.register_script(lua.TAKE_OVER)
         self._hand_back = redis.register_script(lua.HAND_BACK)
-        self._reconcile = redis.register_script(lua.RECONCILE)
+        self._tidy = redis.register_script(lua.TIDY)
+        self._drop = redis.register_script(lua.DROP)
 
     async def ensure_group(self) -> None:
         """Create stream and group where missing; from 0, so that no earlier job is passed over."""
@@ -203,29 +239,33 @@ class WorkQueue:
         )
         return [_delivery(entry, fields, 1) for _, entries in answer or () for entry, fields in entries if fields]
 
-    async def take_over(self, count: int) -> list[Delivery]:
-        """Claim up to `count` jobs whose lease ran out."""
-        answer = await self._take_over(keys=[self._keys.jobs], args=[GROUP, self._consumer, self._lease_ms, count])
-        return [
-            _delivery(entry, dict(zip(flat[::2], flat[1::2], strict=True)), int(deliveries))
-            for entry, deliveries, flat in answer
-        ]
+    async def take_over(self) -> Delivery | None:
+        """Claim one job whose lease ran out, if there is any."""
+        answer = await self._take_over(
+            keys=[self._keys.jobs, self._keys.events], args=[GROUP, self._consumer, self._lease_ms]
+        )
+        if answer is None:
+            return None
+        entry, deliveries, flat = answer
+        return _delivery(entry, dict(zip(flat[::2], flat[1::2], strict=True)), int(deliveries))
 
-    async def load(self, deliveries: Sequence[Delivery]) -> tuple[int, list[bytes | None]]:
-        """Fetch Redis's time in ms and the payload of each job; None where it is gone (deadline passed)."""
+    async def load(self, deliveries: Sequence[Delivery]) -> tuple[int, list[Loaded]]:
+        """Fetch Redis's time in ms, and what has become of each job meanwhile."""
         pipe = self._redis.pipeline(transaction=False)
         pipe.time()
         for delivery in deliveries:
             pipe.get(self._keys.payload(delivery.uid))
-        (seconds, micros), *payloads = await pipe.execute()
-        return seconds * 1000 + micros // 1000, payloads
+            pipe.exists(delivery.reply + lua.ALIVE)
+        (seconds, micros), *rest = await pipe.execute()
+        loaded = [Loaded(payload, bool(wanted)) for payload, wanted in zip(rest[::2], rest[1::2], strict=True)]
+        return seconds * 1000 + micros // 1000, loaded
 
     async def renew(self, deliveries: Sequence[Delivery]) -> int:
         """Renew the lease of those jobs that are still ours; return how many."""
         if not deliveries:
             return 0
         entries = [delivery.entry for delivery in deliveries]
-        return int(await self._renew(keys=[self._keys.jobs], args=[GROUP, self._consumer, *entries]))
+        return int(await self._renew(keys=[self._keys.jobs, self._keys.events], args=[GROUP, self._consumer, *entries]))
 
     async def reply(self, delivery: Delivery, reply: Reply) -> bool:
         """Reply to a job and remove it; False if another already did, in which case nothing happens."""
@@ -235,6 +275,7 @@ class WorkQueue:
         """Move a job to the dead letters and tell its caller; False if another already settled it."""
         dead = {
             "uid": delivery.uid,
+            "request": delivery.request,
             "reason": reason,
             "images": delivery.images,
             "deliveries": delivery.deliveries,
@@ -247,19 +288,35 @@ class WorkQueue:
         """Say that a warm worker lives, for one lease."""
         await self._redis.set(self._keys.alive, self._consumer, px=self._lease_ms)
 
-    async def reconcile(self) -> None:
-        """Count the load anew, should it ever have drifted."""
-        keys = [self._keys.jobs, self._keys.uploads, self._keys.load]
-        await self._reconcile(keys=keys, args=[KEY_TTL_MS])
+    async def drop(self, delivery: Delivery) -> None:
+        """Remove a job that nobody waits for."""
+        await self._drop(
+            keys=[self._keys.jobs, self._keys.load, self._keys.payload(delivery.uid), self._keys.events],
+            args=[GROUP, delivery.entry, delivery.images, delivery.size_bytes],
+        )
+
+    async def tidy(self) -> None:
+        """Drop the jobs that nobody waits for, and count the load anew, should it ever have drifted."""
+        await tidy(self._tidy, self._keys)
+
+    async def count_batches(self, sizes: Sequence[int]) -> None:
+        """Count forward passes of these sizes, in images."""
+        pipe = self._redis.pipeline(transaction=False)
+        for size in sizes:
+            bound = next((str(bound) for bound in BATCH_BOUNDS if size <= bound), "more")
+            pipe.hincrby(self._keys.events, f"batches:{bound}", 1)
+            pipe.hincrby(self._keys.events, "batch_images", size)
+        pipe.pexpire(self._keys.events, lua.EVENTS_TTL_MS)
+        await pipe.execute()
 
     async def hand_back(self) -> None:
         """Give back all jobs in hand, for others to take at once, and leave the group."""
-        await self._hand_back(keys=[self._keys.jobs], args=[GROUP, self._consumer, self._lease_ms])
+        await self._hand_back(keys=[self._keys.jobs], args=[GROUP, self._consumer, self._lease_ms, lua.HANDED_BACK])
 
     async def _settle(self, delivery: Delivery, reply: Reply, dead: list[str]) -> bool:
         keys = self._keys
         settled: Any = await self._finish(
-            keys=[keys.jobs, keys.load, keys.payload(delivery.uid), delivery.reply, keys.dead],
+            keys=[keys.jobs, keys.load, keys.payload(delivery.uid), delivery.reply, keys.dead, keys.events],
             args=[
                 GROUP,
                 delivery.entry,
@@ -282,6 +339,7 @@ def _delivery(entry: bytes, fields: Mapping[bytes, bytes], deliveries: int) -> D
         images=int(fields[b"images"]),
         size_bytes=int(fields[b"bytes"]),
         reply=fields[b"reply"].decode(),
+        request=fields[b"request"].decode(),
         submitted_ms=int(fields[b"submitted"]),
         deadline_ms=int(fields[b"deadline"]),
         deliveries=deliveries,

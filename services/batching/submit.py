@@ -1,19 +1,13 @@
 """The API's side of the queue: admission, jobs out, replies in.
 
-Errors::
-
-    QueueError
-    ├── QueueFull      the bound on images or bytes is reached; try again later
-    ├── QueueAway      Redis is gone or out of memory; try again later
-    ├── DeadlinePassed no answer came in time
-    └── ScoringFailed  the worker answered with an error
+What is submitted is kept until it is answered. Should Redis lose it, it is submitted again.
 """
 
 import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,34 +17,21 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from services.batching import lua
-from services.batching.streams import GROUP, KEY_TTL_MS, QUEUE_GONE, Keys, Reply, end
+from services.batching.answers import Answers
+from services.batching.errors import DeadlinePassed as DeadlinePassed
+from services.batching.errors import KeyReused as KeyReused
+from services.batching.errors import QueueAway as QueueAway
+from services.batching.errors import QueueError as QueueError
+from services.batching.errors import QueueFull as QueueFull
+from services.batching.errors import ScoringFailed as ScoringFailed
+from services.batching.streams import GROUP, KEY_TTL_MS, QUEUE_GONE, Keys, Reply, end, tidy
+from services.batching.survey import Events, Survey
 from services.images import Batch, encode_batch
 
 logger = logging.getLogger(__name__)
 
-UPLOAD_TTL_MS = 60_000
 READ_BLOCK_MS = 1000
 RECONNECT_S = 0.1
-
-
-class QueueError(Exception):
-    """A request did not get its scores from the queue; see the module for the tree."""
-
-
-class QueueFull(QueueError):
-    """The bound on queued images or bytes is reached."""
-
-
-class QueueAway(QueueError):
-    """Redis cannot be reached or cannot take more."""
-
-
-class DeadlinePassed(QueueError):
-    """The deadline passed before the last score."""
-
-
-class ScoringFailed(QueueError):
-    """A worker answered with an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +47,39 @@ class Job:
     prompts: Sequence[str] | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    """A job in the stream."""
+@dataclass(slots=True, eq=False)
+class _Submitted:
+    """A job on its way, kept until it is answered.
+
+    Attributes:
+        uid: its name.
+        content: what to submit again, should Redis lose it.
+        request: name of its request in the logs.
+        gives_up_s: its deadline, by the clock of the event loop.
+        reply: what is awaited.
+        entry: id of its entry in the stream; None until it is there.
+        lost: whether a worker has said that Redis lost its images.
+    """
 
     uid: str
-    entry: bytes
-    images: int
-    size_bytes: int
+    content: Job
+    request: str
+    gives_up_s: float
+    reply: asyncio.Future[Reply]
+    entry: bytes | None = None
+    lost: bool = False
+
+    @property
+    def images(self) -> int:
+        return len(self.content.images_BHWC)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.content.images_BHWC.nbytes
+
+    @property
+    def left_ms(self) -> int:
+        return max(1, int(1000 * (self.gives_up_s - asyncio.get_running_loop().time())))
 
 
 def split_batch(batch: Batch, *, job_images: int, job_bytes: int) -> list[Job]:
@@ -105,37 +111,56 @@ def split_batch(batch: Batch, *, job_images: int, job_bytes: int) -> list[Job]:
 class SubmitQueue:
     """An API process's view of the queue of one reward and version; use as `async with`."""
 
-    def __init__(self, redis: "Redis", keys: Keys, *, queue_images: int, queue_bytes: int) -> None:
+    def __init__(
+        self,
+        redis: "Redis",
+        keys: Keys,
+        *,
+        queue_images: int,
+        queue_bytes: int,
+        lease_ms: int = 15_000,
+        answer_ttl_s: float = 600,
+    ) -> None:
         """Bind the queue.
 
         Args:
             redis: a client of `streams.connect`.
             keys: which queue.
             queue_images, queue_bytes: bounds of what may wait or be in work, over all API processes.
+            lease_ms: silence after which a worker's jobs are taken over, and an API's are dropped.
+            answer_ttl_s: how long the answer to an idempotency key is kept, in seconds.
         """
         self._redis = redis
         self._keys = keys
         self._queue_images = queue_images
         self._queue_bytes = queue_bytes
+        self._upload_ms = lease_ms  # what is left of an upload that was cut short is gone after a lease
+        self._beat_s = lease_ms / 6000
+        self._alive_ms = max(1, lease_ms // 2)
         self._reply_key = keys.replies(uuid.uuid4().hex)
-        self._waiting: dict[str, asyncio.Future[Reply]] = {}
-        self._reader: asyncio.Task[None] | None = None
+        self._answers = Answers(redis, keys, lease_ms=min(lease_ms, 5000), ttl_s=answer_ttl_s)
+        self._submitted: dict[str, _Submitted] = {}
+        self._look_now = asyncio.Event()
+        self._away: str | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._admit = redis.register_script(lua.ADMIT)
         self._withdraw = redis.register_script(lua.WITHDRAW)
         self._enqueue = redis.register_script(lua.ENQUEUE)
-        self._cancel = redis.register_script(lua.CANCEL)
+        self._drop_job = redis.register_script(lua.DROP)
+        self._tidy = redis.register_script(lua.TIDY)
+        self._survey = redis.register_script(lua.SURVEY)
 
     async def __aenter__(self) -> "SubmitQueue":
         """Begin to listen for replies."""
-        self._reader = asyncio.create_task(self._read_replies())
+        self._tasks = [asyncio.create_task(self._read_replies()), asyncio.create_task(self._beat())]
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Stop listening and remove the reply stream."""
-        if self._reader is not None:
-            await end(self._reader)
+        for task in self._tasks:
+            await end(task)
         with contextlib.suppress(RedisError, OSError):
-            await self._redis.delete(self._reply_key)
+            await self._redis.delete(self._reply_key, self._reply_key + lua.ALIVE)
 
     async def ready(self) -> bool:
         """Whether a warm worker lives.
@@ -146,160 +171,222 @@ class SubmitQueue:
         try:
             return bool(await self._redis.exists(self._keys.alive))
         except (RedisError, OSError) as error:
-            raise QueueAway(_one_line(error)) from error
+            raise QueueAway.of(error) from error
 
-    async def load(self) -> tuple[int, int]:
-        """Images and bytes that are reserved, wait, or are in work.
+    async def survey(self) -> Survey:
+        """What can be seen of the queue now, over all APIs and workers.
 
         Raises:
             QueueAway: Redis cannot be reached.
         """
+        keys = [self._keys.jobs, self._keys.load, self._keys.dead, self._keys.events]
         try:
-            images, size_bytes = await self._redis.hmget(self._keys.load, ["images", "bytes"])
+            waiting, leased, size_bytes, oldest_ms, dead, flat = await self._survey(
+                keys=keys, args=[GROUP, lua.HANDED_BACK]
+            )
         except (RedisError, OSError) as error:
-            raise QueueAway(_one_line(error)) from error
-        return int(images or 0), int(size_bytes or 0)
+            raise QueueAway.of(error) from error
+        events = Events.from_hash(dict(zip(flat[::2], flat[1::2], strict=True)))
+        return Survey(waiting, leased, size_bytes, oldest_ms / 1000, dead, events)
 
-    async def score(self, jobs: Sequence[Job], *, deadline_s: float) -> list[Reply]:
+    async def once(self, key: str, digest: str, work: Callable[[], Awaitable[bytes]], *, deadline_s: float) -> bytes:
+        """Bring back the answer of an idempotency key, or find it; see `Answers.once`."""
+        return await self._answers.once(key, digest, work, deadline_s=deadline_s)
+
+    async def score(self, jobs: Sequence[Job], *, deadline_s: float, request: str = "") -> list[Reply]:
         """Have jobs scored; whatever happens, none of them stays in the queue afterwards.
 
         Args:
             jobs: all jobs of one request.
             deadline_s: seconds from now after which the answer is of no use.
+            request: its name in the logs.
 
         Returns:
             One reply without error for each job, in order.
 
         Raises:
-            QueueError: see the module for the tree.
+            QueueError: see `services.batching.errors`.
         """
-        sent: list[_Sent] = []
-        futures: list[asyncio.Future[Reply]] = []
-        gives_up_s = asyncio.get_running_loop().time() + deadline_s
+        loop = asyncio.get_running_loop()
+        name, gives_up_s = uuid.uuid4().hex, loop.time() + deadline_s
+        submitted = [
+            _Submitted(f"{name}-{number}", job, request, gives_up_s, loop.create_future())
+            for number, job in enumerate(jobs)
+        ]
+        self._submitted.update((job.uid, job) for job in submitted)
         try:
             async with asyncio.timeout_at(gives_up_s):
-                sent = await self._submit(jobs, gives_up_s)
-            futures = [self._waiting[job.uid] for job in sent]
-            return await self._collect(futures, gives_up_s)
+                await self._submit(name, submitted)
+                return await _collect(submitted)
         except TimeoutError:
-            raise DeadlinePassed(f"no score within the deadline of {deadline_s:.3g} s: allow more time") from None
+            why = f" ({self._away})" if self._away else ""
+            raise DeadlinePassed(f"no score within the deadline of {deadline_s:.3g} s{why}: allow more time") from None
         except (RedisError, OSError) as error:
-            raise QueueAway(_one_line(error)) from error
+            raise QueueAway.of(error) from error
         finally:
-            left = [job for job, future in zip(sent, futures, strict=True) if not future.done()]
-            for job in sent:
-                self._waiting.pop(job.uid, None)
-            for future in futures:
-                if not future.cancel() and not future.cancelled():
-                    future.exception()  # seen, so that asyncio does not report it as lost
-            if left:
+            for job in submitted:
+                self._submitted.pop(job.uid, None)
+            if left := [job for job in submitted if not job.reply.done()]:
                 await asyncio.shield(self._drop(left))
 
-    async def _submit(self, jobs: Sequence[Job], gives_up_s: float) -> list[_Sent]:
+    async def _submit(self, name: str, submitted: Sequence[_Submitted]) -> None:
         """Reserve room, upload the payloads, and put all jobs into the stream at once."""
-        loop = asyncio.get_running_loop()
-        request = uuid.uuid4().hex
-        sizes = [(len(job.images_BHWC), job.images_BHWC.nbytes) for job in jobs]
-        images, size_bytes = sum(size[0] for size in sizes), sum(size[1] for size in sizes)
-        member = f"{request}:{images}:{size_bytes}"
-        keys = [self._keys.jobs, self._keys.uploads, self._keys.load]
-        limits = [self._queue_images, self._queue_bytes, UPLOAD_TTL_MS, KEY_TTL_MS]
-        admitted, queued_images, queued_bytes = await self._admit(keys=keys, args=[member, images, size_bytes, *limits])
+        images, size_bytes = sum(job.images for job in submitted), sum(job.size_bytes for job in submitted)
+        member = f"{name}:{images}:{size_bytes}"
+        limits = [self._queue_images, self._queue_bytes, self._upload_ms, KEY_TTL_MS]
+        admitted, queued_images, queued_bytes = await self._admit(
+            keys=[self._keys.jobs, self._keys.uploads, self._keys.load], args=[member, images, size_bytes, *limits]
+        )
         if not admitted:
             raise QueueFull(
                 f"{queued_images} images ({queued_bytes} bytes) are queued and {images} ({size_bytes} bytes) would "
                 f"exceed the limit of {self._queue_images} images or {self._queue_bytes} bytes: try again later"
             )
-        uids = [f"{request}-{number}" for number in range(len(jobs))]
-        enqueuing: asyncio.Task[list[_Sent]] | None = None
+        enqueuing: asyncio.Task[None] | None = None
         try:
-            for uid, job in zip(uids, jobs, strict=True):
-                payload = encode_batch(job.images_BHWC, job.prompts)
-                left_ms = max(1, int(1000 * (gives_up_s - loop.time())))
-                await self._redis.set(self._keys.payload(uid), payload, px=left_ms)
-                self._waiting[uid] = loop.create_future()
-            left_ms = max(1, int(1000 * (gives_up_s - loop.time())))
-            enqueuing = asyncio.create_task(self._enqueue_all(uids, sizes, member, left_ms))
-            return await asyncio.shield(enqueuing)
+            for job in submitted:
+                await self._upload(job)
+            enqueuing = asyncio.create_task(self._put(submitted, member))
+            await asyncio.shield(enqueuing)
         except BaseException:
-            await asyncio.shield(self._give_up(uids, member, images, size_bytes, enqueuing))
+            await asyncio.shield(self._give_up(member, images, size_bytes, enqueuing))
             raise
 
-    async def _enqueue_all(
-        self, uids: Sequence[str], sizes: Sequence[tuple[int, int]], member: str, left_ms: int
-    ) -> list[_Sent]:
-        """Turn the reservation into entries of the stream, all in one step."""
-        totals = [sum(size[0] for size in sizes), sum(size[1] for size in sizes)]
-        parts = [part for uid, size in zip(uids, sizes, strict=True) for part in (uid, *size)]
+    async def _upload(self, job: _Submitted) -> None:
+        payload = encode_batch(job.content.images_BHWC, job.content.prompts)
+        await self._redis.set(self._keys.payload(job.uid), payload, px=self._upload_ms)
+
+    async def _put(self, submitted: Sequence[_Submitted], member: str, *, again: bool = False) -> None:
+        """Turn a reservation into entries of the stream, all in one step."""
+        parts = [part for job in submitted for part in (job.uid, job.images, job.size_bytes)]
+        totals = [sum(job.images for job in submitted), sum(job.size_bytes for job in submitted)]
+        first = submitted[0]
+        owner: list[str | int] = [
+            first.left_ms,
+            self._reply_key,
+            self._alive_ms,
+            first.request,
+            int(again),
+            self._keys.payload(""),
+        ]
         entries = await self._enqueue(
-            keys=[self._keys.jobs, self._keys.uploads, self._keys.load],
-            args=[member, *totals, left_ms, self._reply_key, *parts],
+            keys=[self._keys.jobs, self._keys.uploads, self._keys.load, self._keys.events],
+            args=[member, *totals, *owner, *parts],
         )
-        return [_Sent(uid, entry, *size) for uid, entry, size in zip(uids, entries, sizes, strict=True)]
+        for job, entry in zip(submitted, entries, strict=True):
+            job.entry, job.lost = entry, False
 
-    async def _collect(self, futures: Sequence[asyncio.Future[Reply]], gives_up_s: float) -> list[Reply]:
-        """Wait for all replies, or for the first error."""
-        left_s = gives_up_s - asyncio.get_running_loop().time()
-        for finished in asyncio.as_completed(futures, timeout=max(0.0, left_s)):
-            reply = await finished
-            if reply.expired:
-                raise DeadlinePassed(reply.error or "the deadline passed")
-            if reply.error is not None:
-                raise ScoringFailed(reply.error)
-        return [future.result() for future in futures]
-
-    async def _give_up(
-        self,
-        uids: Sequence[str],
-        member: str,
-        images: int,
-        size_bytes: int,
-        enqueuing: asyncio.Task[list[_Sent]] | None,
-    ) -> None:
-        """Undo a submission that was cut short; what cannot be undone now expires by itself."""
-        for uid in uids:
-            self._waiting.pop(uid, None)
+    async def _give_up(self, member: str, images: int, size_bytes: int, enqueuing: asyncio.Task[None] | None) -> None:
+        """Give a reservation back; what cannot be undone now is dropped by whoever tidies up."""
         with contextlib.suppress(RedisError, OSError):
             if enqueuing is not None:
-                await self._drop(await enqueuing)
+                await enqueuing
             await self._withdraw(keys=[self._keys.uploads, self._keys.load], args=[member, images, size_bytes])
-            await self._redis.unlink(*(self._keys.payload(uid) for uid in uids))
 
-    async def _drop(self, sent: Sequence[_Sent]) -> None:
-        """Take jobs that nobody waits for out of the queue; if Redis is away they expire by themselves."""
+    async def _drop(self, jobs: Sequence[_Submitted]) -> None:
+        """Take jobs that nobody waits for out of the queue; if Redis is away, whoever tidies up does it later."""
         with contextlib.suppress(RedisError, OSError):
-            for job in sent:
-                await self._cancel(
-                    keys=[self._keys.jobs, self._keys.load, self._keys.payload(job.uid)],
-                    args=[GROUP, job.entry, job.images, job.size_bytes],
+            for job in jobs:
+                await self._drop_job(
+                    keys=[self._keys.jobs, self._keys.load, self._keys.payload(job.uid), self._keys.events],
+                    args=[GROUP, job.entry or "0-0", job.images, job.size_bytes],
                 )
 
     async def _read_replies(self) -> None:
-        """Hand replies to those who wait; while Redis is away the waiting are told so, and it is tried again."""
-        last: bytes | str = "0"
+        """Hand replies to those who wait; while Redis is away, try again."""
         while True:
             try:
-                answer: Any = await self._redis.xread({self._reply_key: last}, block=READ_BLOCK_MS)
+                answer: Any = await self._redis.xread({self._reply_key: "0"}, block=READ_BLOCK_MS)
                 for _, entries in answer or ():
-                    for entry, fields in entries:
-                        last = entry
-                        self._deliver(fields)
+                    self._deliver(fields for _, fields in entries)
                     await self._redis.xdel(self._reply_key, *(entry for entry, _ in entries))
             except (RedisError, OSError) as error:
                 if not isinstance(error, QUEUE_GONE):
                     logger.exception("replies cannot be read; trying again")
-                for future in self._waiting.values():
-                    if not future.done():
-                        future.set_exception(QueueAway(_one_line(error)))
+                self._look_now.set()  # something may be lost
                 await asyncio.sleep(RECONNECT_S)
 
-    def _deliver(self, fields: dict[bytes, bytes]) -> None:
-        """Give one reply to its waiter, if there still is one."""
-        uid, reply = Reply.from_fields(fields)
-        future = self._waiting.get(uid)
-        if future is not None and not future.done():
-            future.set_result(reply)
+    def _deliver(self, replies: Iterable[Mapping[bytes, bytes]]) -> None:
+        """Give replies to their waiters, as far as there still are any."""
+        for fields in replies:
+            uid, reply = Reply.from_fields(fields)
+            job = self._submitted.get(uid)
+            if job is None or job.reply.done():
+                continue
+            if reply.lost:
+                job.lost = True
+                self._look_now.set()
+            else:
+                job.reply.set_result(reply)
+
+    async def _beat(self) -> None:
+        """Six times a lease, or at once where something may be lost: say that we live, and find what is lost."""
+        while True:
+            try:
+                self._look_now.clear()
+                await self._say_alive()
+                await self._resubmit_lost()
+                await tidy(self._tidy, self._keys)
+                self._away = None
+            except (RedisError, OSError) as error:
+                if self._away is None:
+                    logger.warning("the queue cannot be looked after: %s", error)
+                self._away = str(QueueAway.of(error))
+                self._look_now.set()
+                await asyncio.sleep(RECONNECT_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._beat_s):
+                    await self._look_now.wait()
+
+    async def _say_alive(self) -> None:
+        """Keep the sign of life; a Redis that is full lets one be prolonged, but not made."""
+        if not await self._redis.pexpire(self._reply_key + lua.ALIVE, self._alive_ms):
+            await self._redis.set(self._reply_key + lua.ALIVE, "1", px=self._alive_ms)
+
+    async def _resubmit_lost(self) -> None:
+        """Submit again what is neither in the stream nor replied to: Redis has lost it.
+
+        A worker replies and deletes in one step. So what is absent from the stream, and has no reply after that was
+        seen, is lost.
+        """
+        waiting = [(job, job.entry) for job in self._submitted.values() if job.entry is not None]
+        if not waiting:
+            return
+        pipe = self._redis.pipeline(transaction=False)
+        for _, entry in waiting:
+            pipe.xrange(self._keys.jobs, entry, entry)
+        entries = await pipe.execute()
+        absent = [job for (job, _), found in zip(waiting, entries, strict=True) if not found]
+        if not absent:
+            return
+        replies: Any = await self._redis.xrange(self._reply_key)
+        self._deliver(fields for _, fields in replies)
+        for job in absent:
+            if not job.reply.done() and job.uid in self._submitted:
+                await self._resubmit(job)
+
+    async def _resubmit(self, job: _Submitted) -> None:
+        logger.warning("job submitted again: Redis has lost it", extra={"fields": {"request": job.request}})
+        await self._upload(job)
+        await self._put([job], f"{job.uid}:again", again=True)
+        if job.uid not in self._submitted:  # its caller has left meanwhile
+            await self._drop([job])
 
 
-def _one_line(error: Exception) -> str:
-    return f"Redis is not available ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+async def _collect(submitted: Sequence[_Submitted]) -> list[Reply]:
+    """Wait for all replies, or for the first error.
+
+    Raises:
+        DeadlinePassed, ScoringFailed: a worker said so.
+    """
+    starts = np.cumsum([0, *(job.images for job in submitted[:-1])]).tolist()
+    pending = {job.reply: start for job, start in zip(submitted, starts, strict=True)}
+    while pending:
+        done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        for future in done:
+            reply, start = future.result(), pending.pop(future)
+            if reply.expired:
+                raise DeadlinePassed(reply.error or "the deadline passed")
+            if reply.error is not None:
+                raise ScoringFailed(reply.error, None if reply.index is None else start + reply.index)
+    return [job.reply.result() for job in submitted]

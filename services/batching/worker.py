@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +29,6 @@ IDLE_BLOCK_MS = 250
 """How long an idle worker waits for a job before it looks whether it shall stop or take over."""
 STRAGGLER_POLL_S = 0.001
 """How often a worker with an unfinished batch looks for more."""
-TAKE_OVER_JOBS = 4
-RECONCILE_BEATS = 10
-"""Beats (a third of a lease each) between two counts of the load."""
 ANY_SIZE = Limits(max_images=2**31, max_body_bytes=2**62, max_pixels=2**62, max_prompt_chars=2**31)
 """The API has checked its requests; a worker that checked with other settings would contradict it."""
 
@@ -88,6 +86,7 @@ class Worker:
         self._held: dict[bytes, Delivery] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
         self._took_over_s = -math.inf
+        self._batch_sizes: list[int] = []
         self._hung = False
         self.is_warm = False
 
@@ -144,15 +143,12 @@ class Worker:
             await self._queue.ensure_group()
 
     async def _beat(self) -> None:
-        """Three times a lease: say that we live, and renew the lease of what we hold."""
-        beats = 0
+        """Three times a lease: say that we live, renew the lease of what we hold, drop what nobody waits for."""
         while True:
             try:
                 await self._queue.keep_alive()
                 await self._queue.renew(list(self._held.values()))
-                if beats % RECONCILE_BEATS == 0:
-                    await self._queue.reconcile()
-                beats += 1
+                await self._queue.tidy()
             except (RedisError, OSError) as error:
                 logger.warning("the lease cannot be renewed: %s", error)
             await asyncio.sleep(self._limits.lease_s / 3)
@@ -163,9 +159,9 @@ class Worker:
             now_s = time.monotonic()
             if batch := self._batcher.pop(now_s):
                 return batch
-            if now_s - self._took_over_s >= self._limits.lease_s / 2:
-                self._took_over_s = now_s
-                await self._take_over()
+            if not len(self._batcher) and now_s - self._took_over_s >= self._limits.lease_s / 2:
+                if not await self._take_over():
+                    self._took_over_s = now_s
                 continue
             due_s = self._batcher.due_s()
             count = max(1, self._batcher.room // self._limits.job_images)
@@ -176,16 +172,23 @@ class Worker:
                 await asyncio.sleep(max(0.0, min(STRAGGLER_POLL_S, due_s - time.monotonic())))
         return []
 
-    async def _take_over(self) -> None:
-        """Take jobs whose worker fell silent; each is scored alone, since it may be what silenced it."""
+    async def _take_over(self) -> bool:
+        """Take one job whose worker fell silent, to be scored alone, since it may be what silenced it.
+
+        Returns:
+            Whether there was one; then there may be more.
+        """
         await self._queue.renew(list(self._held.values()))  # never from ourselves, however late the beat
-        for delivery in await self._queue.take_over(TAKE_OVER_JOBS):
-            logger.warning("job %s taken over, delivery %d", delivery.uid, delivery.deliveries)
-            if delivery.deliveries > self._limits.max_deliveries:
-                reason = f"given up after {self._limits.max_deliveries} deliveries to workers that did not reply"
-                await self._queue.bury(delivery, reason)
-            else:
-                self._hold(delivery, alone=delivery.deliveries > 1)
+        delivery = await self._queue.take_over()
+        if delivery is None:
+            return False
+        logger.warning("job taken over, delivery %d", delivery.deliveries, extra=_fields(delivery))
+        if delivery.deliveries > self._limits.max_deliveries:
+            reason = f"given up after {self._limits.max_deliveries} deliveries to workers that did not reply"
+            await self._queue.bury(delivery, reason)
+        else:
+            self._hold(delivery, alone=delivery.deliveries > 1)
+        return True
 
     def _hold(self, delivery: Delivery, *, alone: bool) -> None:
         self._held[delivery.entry] = delivery
@@ -196,27 +199,41 @@ class Worker:
         if not deliveries:
             return
         try:
-            now_ms, payloads = await self._queue.load(deliveries)
-            works = []
-            for delivery, payload in zip(deliveries, payloads, strict=True):
-                queue_ms = float(max(0, now_ms - delivery.submitted_ms))
-                if payload is None or now_ms >= delivery.deadline_ms:
-                    late = f"the deadline passed after {queue_ms:.0f} ms in the queue: allow more time"
-                    await self._queue.reply(delivery, Reply(error=late, expired=True, queue_ms=queue_ms))
-                    continue
-                try:
-                    works.append(_Work(delivery, decode_batch(payload, ANY_SIZE), queue_ms))
-                except BodyError as error:
-                    await self._queue.reply(delivery, Reply(error=f"the job is damaged: {error}", queue_ms=queue_ms))
+            works = await self._load(deliveries)
             for group in _group_by_shape(works):
                 await self._score(group)
             for work in works:
                 assert work.reply is not None
                 if not await self._queue.reply(work.delivery, work.reply):
-                    logger.info("reply to job %s dropped: withdrawn, or answered by another", work.delivery.uid)
+                    logger.info("reply dropped: withdrawn, or answered by another", extra=_fields(work.delivery))
         finally:
             for delivery in deliveries:
                 self._held.pop(delivery.entry, None)
+        sizes, self._batch_sizes = self._batch_sizes, []
+        if sizes:
+            await self._queue.count_batches(sizes)
+
+    async def _load(self, deliveries: Sequence[Delivery]) -> list[_Work]:
+        """Fetch what there is to score; reply to the jobs that cannot be, drop those that nobody waits for."""
+        works = []
+        now_ms, loads = await self._queue.load(deliveries)
+        for delivery, loaded in zip(deliveries, loads, strict=True):
+            queue_ms = float(max(0, now_ms - delivery.submitted_ms))
+            if not loaded.wanted:
+                logger.info("job dropped: its API is gone", extra=_fields(delivery))
+                await self._queue.drop(delivery)
+            elif now_ms >= delivery.deadline_ms:
+                late = f"the deadline passed after {queue_ms:.0f} ms in the queue: allow more time"
+                await self._queue.reply(delivery, Reply(error=late, expired=True, queue_ms=queue_ms))
+            elif loaded.payload is None:
+                lost = "Redis no longer has the images: let it evict nothing (maxmemory-policy noeviction)"
+                await self._queue.reply(delivery, Reply(error=lost, lost=True, queue_ms=queue_ms))
+            else:
+                try:
+                    works.append(_Work(delivery, decode_batch(loaded.payload, ANY_SIZE), queue_ms))
+                except BodyError as error:
+                    await self._queue.reply(delivery, Reply(error=f"the job is damaged: {error}", queue_ms=queue_ms))
+        return works
 
     async def _score(self, works: Sequence[_Work]) -> None:
         """Score jobs of one shape together; should that fail, each alone, so that only the culprit fails."""
@@ -232,11 +249,15 @@ class Worker:
                 for work in works:
                     await self._score([work])
                 return
-            logger.exception("job %s cannot be scored", works[0].delivery.uid)
+            logger.exception("job cannot be scored", extra=_fields(works[0].delivery))
             line = str(error).splitlines()[0][:200] if str(error) else "no message"
             works[0].reply = Reply(error=f"the reward failed: {type(error).__name__}: {line}")
             return
         score_ms = 1000 * (time.perf_counter() - started_s)
+        self._batch_sizes.append(len(images_BHWC))
+        requests = sorted({work.delivery.request for work in works})
+        fields = {"images": len(images_BHWC), "jobs": len(works), "ms": round(score_ms, 2), "requests": requests}
+        logger.info("batch scored", extra={"fields": fields})
         start = 0
         for work in works:
             stop = start + len(work.batch.images_HWC)
@@ -265,8 +286,13 @@ def _reply(scores_B: NDArray[np.float64], queue_ms: float, score_ms: float) -> R
     bad = np.flatnonzero(~np.isfinite(scores_B))
     if bad.size:
         error = f"the reward gave {scores_B[bad[0]]} for {bad.size} of {scores_B.size} images: no finite number"
-        return Reply(error=error, queue_ms=queue_ms, score_ms=score_ms)
+        return Reply(error=error, index=int(bad[0]), queue_ms=queue_ms, score_ms=score_ms)
     return Reply(scores=tuple(scores_B.tolist()), queue_ms=queue_ms, score_ms=score_ms)
+
+
+def _fields(delivery: Delivery) -> dict[str, Any]:
+    """What the log says of a job, as `extra` of a record."""
+    return {"fields": {"request": delivery.request, "job": delivery.uid}}
 
 
 def _group_by_shape(works: Sequence[_Work]) -> list[list[_Work]]:

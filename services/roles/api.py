@@ -47,9 +47,16 @@ def run_api(name: str, listener: socket.socket, redis_url: str, settings: Settin
     async def open_queue() -> AsyncIterator[SubmitQueue]:
         redis = connect(redis_url, timeout_s=settings.redis_timeout_s)
         keys = Keys(reward.name, reward.version)
-        bounds = {"queue_images": settings.queue_images, "queue_bytes": settings.queue_bytes}
+        queue = SubmitQueue(
+            redis,
+            keys,
+            queue_images=settings.queue_images,
+            queue_bytes=settings.queue_bytes,
+            lease_ms=settings.lease_ms,
+            answer_ttl_s=settings.answer_ttl_s,
+        )
         try:
-            async with SubmitQueue(redis, keys, **bounds) as queue:
+            async with queue:
                 yield queue
         finally:
             await redis.aclose()

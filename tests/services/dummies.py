@@ -1,6 +1,7 @@
 """Rewards that misbehave, for tests: `tests.services.dummies:NAME`."""
 
 import os
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,3 +129,52 @@ class Deadly(Brightness):
         if (images_BHWC[:, 0, 0, 0] == POISON).any():
             os._exit(9)
         return super().score(images_BHWC, prompts)
+
+
+class DiesLoading(Brightness):
+    """Kills its process while it loads."""
+
+    name = "dies-loading"
+
+    def warmup(self) -> None:
+        os._exit(9)
+
+
+class DiesWhenReady(Brightness):
+    """Kills its process as soon as that is ready."""
+
+    name = "dies-when-ready"
+
+    def warmup(self) -> None:
+        threading.Timer(0.3, os._exit, [9]).start()
+
+
+class Drilled(Brightness):
+    """Brightness that takes a moment, and does what the first byte of an image says; see `POISONS`.
+
+    Its version is that of the environment, so that two of them can run side by side.
+    """
+
+    name = "drilled"
+    version = os.environ.get("DRILLED_VERSION", "1")
+    seconds = 0.01
+
+    def score(self, images_BHWC: NDArray[np.uint8], prompts: Sequence[str] | None) -> NDArray[np.float64]:
+        time.sleep(self.seconds)
+        marks = set(images_BHWC[:, 0, 0, 0].tolist())
+        scores_B = super().score(images_BHWC, prompts)
+        if POISONS["raise"] in marks:
+            raise RuntimeError("poison")
+        if POISONS["kill"] in marks:
+            os._exit(9)
+        if POISONS["hang"] in marks:
+            time.sleep(600)
+        if POISONS["count"] in marks:
+            return scores_B[1:]
+        scores_B[images_BHWC[:, 0, 0, 0] == POISONS["nan"]] = np.nan
+        return scores_B + (0.0 if self.version == "1" else 1.0)
+
+
+POISONS = {"raise": 255, "kill": 254, "hang": 253, "count": 252, "nan": 251}
+"""What the first byte of an image makes `Drilled` do; 250 and less are harmless."""
+HARMLESS = 250

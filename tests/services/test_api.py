@@ -2,92 +2,23 @@
 
 import asyncio
 import base64
-import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable
 
-import httpx
 import numpy as np
 import pytest
 
 from services import protocol
-from services.app import create_app
-from services.batching.streams import Reply
-from services.batching.submit import DeadlinePassed, Job, QueueAway, QueueError, QueueFull, ScoringFailed
+from services.batching.errors import DeadlinePassed, QueueAway, QueueError, QueueFull, ScoringFailed
 from services.images import encode_batch, encode_json, encode_png
 from services.rewards.brightness import Brightness
 from services.settings import Settings, SettingsError, load_settings
 from tests.services.conftest import random_images
+from tests.services.serving import IMAGES, JSON, SAFETENSORS, SETTINGS, FakeQueue, assert_problem, serving
 
 pytestmark = pytest.mark.anyio
 
 TOKEN = "of-a-test"
-IMAGES = random_images(3, 4, 5, 3)
-SAFETENSORS = {"Content-Type": protocol.MEDIA_SAFETENSORS}
-JSON = {"Content-Type": protocol.MEDIA_JSON}
-SETTINGS = Settings(max_images=4, max_body_bytes=2000, max_pixels=64, job_images=2, retry_after_s=7, _env_file=None)
-
-
-class FakeQueue:
-    """Scores at once with brightness, or fails as told."""
-
-    def __init__(self) -> None:
-        self.error: QueueError | None = None
-        self.lose = 0
-        self.is_ready = True
-        self.deadlines_s: list[float] = []
-        self.started = asyncio.Event()
-        self.hold = False
-
-    async def ready(self) -> bool:
-        if isinstance(self.error, QueueAway):
-            raise self.error
-        return self.is_ready
-
-    async def load(self) -> tuple[int, int]:
-        return 12, 345
-
-    async def score(self, jobs: Sequence[Job], *, deadline_s: float) -> list[Reply]:
-        self.deadlines_s.append(deadline_s)
-        self.started.set()
-        if self.hold:
-            await asyncio.Event().wait()
-        if self.error is not None:
-            raise self.error
-        replies = [Reply(tuple(Brightness().score(job.images_BHWC, None).tolist()), None) for job in jobs]
-        return replies[self.lose :]
-
-
-@contextlib.asynccontextmanager
-async def serving(
-    queue: FakeQueue, settings: Settings = SETTINGS, *, raises: bool = True
-) -> AsyncIterator[httpx.AsyncClient]:
-    """The application, without a network."""
-
-    @contextlib.asynccontextmanager
-    async def open_queue() -> AsyncIterator[FakeQueue]:
-        yield queue
-
-    app = create_app(Brightness(), settings, open_queue)
-    transport = httpx.ASGITransport(app, raise_app_exceptions=raises)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://reward.test") as client,
-    ):
-        yield client
-
-
-def assert_problem(answer: httpx.Response, status: int, *words: str) -> dict[str, Any]:
-    """An RFC 9457 body with this status and these words."""
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == protocol.MEDIA_PROBLEM
-    problem: dict[str, Any] = answer.json()
-    assert problem["status"] == status
-    assert problem["title"]
-    for word in words:
-        assert word in problem["detail"]
-    return problem
 
 
 @pytest.mark.parametrize(("encode", "headers"), [(encode_batch, SAFETENSORS), (encode_json, JSON)])
@@ -121,6 +52,7 @@ async def test_a_chunked_body_is_read_and_bounded() -> None:
     [
         pytest.param(b"x", {"Content-Type": "text/plain"}, 415, "text/plain", id="media type"),
         pytest.param(b"x", {}, 415, "Content-Type", id="no media type"),
+        pytest.param(b"x", {**JSON, "Content-Encoding": "gzip"}, 415, "'gzip'", id="compressed"),
         pytest.param(bytes(2001), SAFETENSORS, 413, "2001 bytes, limit 2000", id="too large"),
         pytest.param(encode_batch(random_images(5, 2, 2, 3)), SAFETENSORS, 413, "limit 4", id="too many"),
         pytest.param(encode_batch(IMAGES)[:-1], SAFETENSORS, 400, "truncated", id="truncated"),
@@ -161,6 +93,7 @@ async def test_a_bad_picture_is_named_by_its_index() -> None:
         (DeadlinePassed("no score within 1 s"), 504, None),
         (ScoringFailed("the reward gave nan"), 500, None),
     ],
+    ids=lambda value: type(value).__name__ if isinstance(value, QueueError) else str(value),
 )
 async def test_errors_of_the_queue_are_problems(error: QueueError, status: int, retry_after: str | None) -> None:
     """Those that may pass say when to come back."""
@@ -217,7 +150,7 @@ async def test_info_says_what_may_be_sent() -> None:
     async with serving(FakeQueue()) as client:
         info = protocol.Info.model_validate((await client.get("/info")).json())
     assert (info.name, info.version, info.low, info.higher_is_better) == ("brightness", "1", 0.0, True)
-    assert info.bodies == [protocol.MEDIA_SAFETENSORS, protocol.MEDIA_JSON]
+    assert info.bodies == [protocol.MEDIA_SAFETENSORS, protocol.MEDIA_JSON, protocol.MEDIA_MULTIPART]
     assert info.limits == SETTINGS.limits
 
 
@@ -233,26 +166,97 @@ async def test_readiness_follows_the_queue() -> None:
         assert (await client.get("/healthz")).status_code == 200
 
 
-async def test_metrics_count_requests_and_images() -> None:
-    """By status, in the format of Prometheus."""
-    async with serving(FakeQueue()) as client:
-        await client.post("/score", content=encode_batch(IMAGES), headers=SAFETENSORS)
-        await client.post("/score", content=b"{", headers=JSON)
-        text = (await client.get("/metrics")).text
-    labels = 'reward="brightness",status="{}",version="1"'
-    assert f"reward_requests_total{{{labels.format(200)}}} 1.0" in text
-    assert f"reward_requests_total{{{labels.format(400)}}} 1.0" in text
-    assert 'reward_images_total{reward="brightness",version="1"} 3.0' in text
-    assert 'reward_queue_images{reward="brightness",version="1"} 12.0' in text
-
-
-async def test_the_request_id_travels_back() -> None:
-    """Given or made, with scores and with problems."""
-    async with serving(FakeQueue()) as client:
-        given = {**JSON, protocol.HEADER_REQUEST_ID: "mine"}
+async def test_the_request_id_travels() -> None:
+    """Given or made, back to the client, with scores and with problems, and on to the queue for the worker's log."""
+    queue = FakeQueue()
+    async with serving(queue, raises=False) as client:
+        given = {**SAFETENSORS, protocol.HEADER_REQUEST_ID: "mine"}
+        answer = await client.post("/score", content=encode_batch(IMAGES), headers=given)
+        assert answer.headers["x-request-id"] == "mine"
+        assert queue.requests == ["mine"]
         assert (await client.post("/score", content=b"{", headers=given)).headers["x-request-id"] == "mine"
+        odd = {protocol.HEADER_REQUEST_ID: b"a b\xfc" + b"c" * 99}
+        assert (await client.post("/score", headers=odd)).headers["x-request-id"] == "ab" + "c" * 60
         answer = await client.post("/score", content=encode_batch(IMAGES), headers=SAFETENSORS)
         assert len(answer.headers["x-request-id"]) == 32
+        queue.score = None  # type: ignore[assignment, method-assign]
+        answer = await client.post("/score", content=encode_batch(IMAGES), headers=given)
+        assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine")
+
+
+async def test_the_image_at_fault_is_named() -> None:
+    """Where the worker knows which image it could not score, the problem says so."""
+    queue = FakeQueue()
+    queue.error = ScoringFailed("the reward gave nan", 2)
+    async with serving(queue) as client:
+        answer = await client.post("/score", content=encode_batch(IMAGES), headers=SAFETENSORS)
+    assert assert_problem(answer, 500, "nan")["index"] == 2
+
+
+async def test_a_repeat_brings_back_the_first_answer() -> None:
+    """The same key and pictures, whatever the body: the same bytes, marked, and nothing is scored again."""
+    queue = FakeQueue()
+    key = {protocol.HEADER_IDEMPOTENCY_KEY: "!a-key~"}
+    async with serving(queue) as client:
+        first = await client.post("/score", content=encode_batch(IMAGES), headers={**SAFETENSORS, **key})
+        repeat = await client.post("/score", content=encode_json(IMAGES), headers={**JSON, **key})
+        files = [("images", ("a.png", encode_png(image_HWC), "image/png")) for image_HWC in IMAGES]
+        form = await client.post("/score", files=files, headers=key)
+    assert first.status_code == 200
+    assert repeat.content == form.content == first.content
+    marks = [answer.headers.get(protocol.HEADER_IDEMPOTENCY_REPLAYED) for answer in (first, repeat, form)]
+    assert marks == [None, "true", "true"]
+    assert len(queue.deadlines_s) == 1
+
+
+async def test_a_repeat_waits_for_the_one_in_flight() -> None:
+    """Two at once are scored once."""
+    queue = FakeQueue()
+    headers = {**SAFETENSORS, protocol.HEADER_IDEMPOTENCY_KEY: "k"}
+    async with serving(queue) as client:
+        both = await asyncio.gather(
+            *(client.post("/score", content=encode_batch(IMAGES), headers=headers) for _ in range(2))
+        )
+    assert both[0].content == both[1].content
+    assert sorted(answer.headers.get(protocol.HEADER_IDEMPOTENCY_REPLAYED, "") for answer in both) == ["", "true"]
+    assert len(queue.deadlines_s) == 1
+
+
+async def test_a_key_belongs_to_one_request() -> None:
+    """Other pixels, another order, other prompts: 422; and without a key nothing is kept."""
+    headers = {**SAFETENSORS, protocol.HEADER_IDEMPOTENCY_KEY: "k"}
+    async with serving(FakeQueue()) as client:
+        assert (await client.post("/score", content=encode_batch(IMAGES), headers=headers)).status_code == 200
+        for body in (encode_batch(IMAGES[::-1]), encode_batch(IMAGES[:2]), encode_batch(IMAGES, ["a", "b", "c"])):
+            answer = await client.post("/score", content=body, headers=headers)
+            problem = assert_problem(answer, 422, "other images or prompts", "make a new key")
+            assert problem["type"] == "urn:reward:idempotency-key-reused"
+        assert (await client.post("/score", content=encode_batch(IMAGES[:2]), headers=SAFETENSORS)).status_code == 200
+
+
+async def test_a_failure_is_not_kept() -> None:
+    """After an error the same key is scored anew, with the deadline of the request that asks."""
+    queue = FakeQueue()
+    queue.error = QueueFull("64 images, limit 64")
+    headers = {**SAFETENSORS, protocol.HEADER_IDEMPOTENCY_KEY: "k", protocol.HEADER_DEADLINE_MS: "1500"}
+    async with serving(queue) as client:
+        assert_problem(await client.post("/score", content=encode_batch(IMAGES), headers=headers), 429)
+        queue.error = None
+        answer = await client.post("/score", content=encode_batch(IMAGES), headers=headers)
+    assert answer.status_code == 200
+    assert protocol.HEADER_IDEMPOTENCY_REPLAYED not in answer.headers
+    assert all(0 < deadline_s <= 1.5 for deadline_s in queue.deadlines_s)
+
+
+@pytest.mark.parametrize("key", [b"", b"a b", b"k" * 129, b"\xfc"], ids=["empty", "space", "long", "not ASCII"])
+async def test_a_bad_key_is_refused(key: bytes) -> None:
+    """1 to 128 printable ASCII characters, no spaces; 128 are fine."""
+    async with serving(FakeQueue()) as client:
+        named = {**SAFETENSORS, protocol.HEADER_IDEMPOTENCY_KEY: key}
+        answer = await client.post("/score", content=encode_batch(IMAGES), headers=named)
+        assert_problem(answer, 400, "Idempotency-Key", "128 printable ASCII", "send a UUID")
+        headers = {**SAFETENSORS, protocol.HEADER_IDEMPOTENCY_KEY: "k" * 128}
+        assert (await client.post("/score", content=encode_batch(IMAGES), headers=headers)).status_code == 200
 
 
 async def test_unknown_paths_and_bugs_are_problems() -> None:
@@ -261,31 +265,10 @@ async def test_unknown_paths_and_bugs_are_problems() -> None:
     queue.score = None  # type: ignore[assignment, method-assign]
     async with serving(queue, raises=False) as client:
         assert_problem(await client.get("/nowhere"), 404, "/nowhere")
-        assert_problem(await client.get("/score"), 405)
+        assert_problem(await client.get("/score"), 405, "GET /score")
+        assert_problem(await client.post("/info"), 405, "POST /info")
         answer = await client.post("/score", content=encode_batch(IMAGES), headers=SAFETENSORS)
         assert_problem(answer, 500, "TypeError")
-
-
-async def test_the_contract_is_described() -> None:
-    """OpenAPI lists both bodies and the problems of `POST /score`."""
-    async with serving(FakeQueue()) as client:
-        post = (await client.get("/openapi.json")).json()["paths"]["/score"]["post"]
-    assert set(post["requestBody"]["content"]) == {protocol.MEDIA_SAFETENSORS, protocol.MEDIA_JSON}
-    assert {"200", "400", "401", "413", "415", "422", "429", "503", "504"} <= set(post["responses"])
-
-
-async def test_bodies_in_work_are_bounded() -> None:
-    """A second large body is refused while the first is held."""
-    queue = FakeQueue()
-    queue.hold = True
-    settings = SETTINGS.model_copy(update={"queue_bytes": 400})
-    body = encode_batch(IMAGES)
-    async with serving(queue, settings) as client:
-        first = asyncio.create_task(client.post("/score", content=body, headers=SAFETENSORS))
-        await queue.started.wait()
-        assert_problem(await client.post("/score", content=body, headers=SAFETENSORS), 429, "limit 400")
-        first.cancel()
-        await asyncio.wait([first])
 
 
 @pytest.mark.parametrize(

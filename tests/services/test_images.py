@@ -3,8 +3,10 @@
 import base64
 import io
 import json
+import re
 import struct
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
-from PIL import Image
+from PIL import Image, ImageCms
 
 from services.images import (
     Batch,
@@ -27,7 +29,7 @@ from services.images import (
     encode_png,
 )
 from services.protocol import Limits
-from tests.services.conftest import random_images
+from tests.services.conftest import ROOT, random_images
 
 LIMITS = Limits(max_images=8, max_body_bytes=100_000, max_pixels=64 * 64, max_prompt_chars=50)
 
@@ -51,6 +53,19 @@ def picture(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format=kind, **options)  # type: ignore[arg-type]
     return buffer.getvalue()
+
+
+def png(depth: int, colour: int, *pixels: int, extra: bytes = b"") -> bytes:
+    """A PNG of one row, written by hand: Pillow writes fewer kinds than it reads. `pixels` are the row's values."""
+    row = struct.pack(f">{len(pixels)}{'H' if depth == 16 else 'B'}", *pixels)
+    width = len(pixels) // {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    header = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)
+    data = png_chunk(b"IDAT", zlib.compress(b"\0" + row))
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + extra + data + png_chunk(b"IEND", b"")
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 @settings(deadline=None)
@@ -137,8 +152,15 @@ def test_a_bad_safetensors_body_is_refused_in_words(body: bytes, error: type[Bod
         pytest.param(picture(Image.new("1", (20_000, 20_000))), id="decompression bomb"),
         pytest.param(
             picture(Image.new("RGB", (4, 4)), "WEBP", save_all=True, append_images=[Image.new("RGB", (4, 4), "red")]),
-            id="animation",
+            id="animated WebP",
         ),
+        pytest.param(
+            picture(Image.new("RGB", (4, 4)), save_all=True, append_images=[Image.new("RGB", (4, 4), "red")]),
+            id="APNG",
+        ),
+        pytest.param(picture(Image.new("RGB", (4, 4)), "GIF"), id="GIF"),
+        pytest.param(picture(Image.new("RGB", (4, 4)), "TIFF"), id="TIFF"),
+        pytest.param(png(8, 2, 1, 2, 3, extra=png_chunk(b"acTL", bytes(4))), id="broken APNG"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_its_index(bad: bytes) -> None:
@@ -186,22 +208,133 @@ def test_the_decoded_pixels_count_against_the_limit_of_bytes() -> None:
         decode_json(json_body(*files), limits)
 
 
-def test_other_kinds_of_pictures_become_rgb() -> None:
-    """Grey is repeated, transparency laid over white, 16 bits cut to 8, EXIF rotation applied."""
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90° to view
-    files = [
-        picture(Image.new("L", (2, 1), 100)),
-        picture(Image.new("RGBA", (2, 1), (255, 0, 0, 0))),
-        picture(Image.fromarray(np.full((1, 2), 0x8081, np.uint16))),
-        picture(Image.new("CMYK", (2, 1), (0, 0, 0, 0)), "JPEG"),
-        picture(Image.new("RGB", (2, 1), (1, 2, 3)), exif=exif),
-        picture(Image.new("P", (2, 1), 0)),
-    ]
+def over_white(*values: int, alpha: int) -> tuple[int, ...]:
+    """Colours laid over white."""
+    return tuple(round((value * alpha + 255 * (255 - alpha)) / 255) for value in values)
+
+
+PALETTE = png_chunk(b"PLTE", bytes((10, 20, 30, 40, 50, 60)))
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
+ALPHA = 128
+KEY_16 = png_chunk(b"tRNS", struct.pack(">HHH", 0x80FF, 0x01FF, 0xFE01))
+
+TREATMENTS = {
+    "grey": [(png(8, 0, 7), (7, 7, 7)), (png(1, 0, 0x80), (255, 255, 255)), (png(4, 0, 0x80), (136, 136, 136))],
+    "grey JPEG": [(picture(Image.new("L", (8, 8), 100), "JPEG"), (100, 100, 100))],
+    "grey with alpha": [(png(8, 4, 10, ALPHA), over_white(10, 10, 10, alpha=ALPHA)), (png(8, 4, 10, 0), (255,) * 3)],
+    "palette": [(png(8, 3, 1, extra=PALETTE), (40, 50, 60))],
+    "palette with transparency": [
+        (png(8, 3, 0, extra=PALETTE + png_chunk(b"tRNS", bytes([ALPHA]))), over_white(10, 20, 30, alpha=ALPHA)),
+        (png(8, 3, 1, extra=PALETTE + png_chunk(b"tRNS", bytes([ALPHA]))), (40, 50, 60)),
+    ],
+    "RGBA": [
+        (png(8, 6, 10, 20, 30, ALPHA), over_white(10, 20, 30, alpha=ALPHA)),
+        (png(8, 6, 10, 20, 30, 255), (10, 20, 30)),
+        (picture(Image.new("RGBA", (8, 8), (10, 20, 30, 0)), "WEBP", lossless=True), (255, 255, 255)),
+    ],
+    "transparent colour": [
+        (png(8, 2, 1, 2, 3, extra=png_chunk(b"tRNS", struct.pack(">HHH", 1, 2, 3))), (255, 255, 255)),
+        (png(8, 2, 1, 2, 4, extra=png_chunk(b"tRNS", struct.pack(">HHH", 1, 2, 3))), (1, 2, 4)),
+        (png(8, 0, 5, extra=png_chunk(b"tRNS", struct.pack(">H", 5))), (255, 255, 255)),
+    ],
+    "CMYK": [
+        (picture(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG"), (255, 255, 255)),
+        (picture(Image.new("CMYK", (8, 8), (255, 0, 0, 100)), "JPEG"), (0, 155, 155)),
+    ],
+    "16-bit grey": [(png(16, 0, 0x80FF), (0x80,) * 3), (png(16, 4, 0x80FF, 0xFFFF), (0x80,) * 3)],
+    "16-bit RGB": [
+        (png(16, 2, 0x80FF, 0x01FF, 0xFE01), (0x80, 0x01, 0xFE)),
+        (png(16, 6, 0x80FF, 0x01FF, 0xFE01, 0xFFFF), (0x80, 0x01, 0xFE)),
+    ],
+    "16 bits with a transparent colour": [
+        (png(16, 2, 0x80FF, 0x01FF, 0xFE01, extra=KEY_16), (0x80, 0x01, 0xFE)),
+        (png(16, 2, 0xFF00, 0xFF00, 0x0100, extra=KEY_16), (0xFF, 0xFF, 0x01)),  # its lower bytes are the key's
+        (png(16, 0, 0x80FF, extra=png_chunk(b"tRNS", struct.pack(">H", 0x80FF))), (0x80,) * 3),
+    ],
+    "colour profile": [
+        (picture(Image.new("RGB", (8, 8), (10, 20, 30)), kind, icc_profile=PROFILE, **options), (10, 20, 30))
+        for kind, options in (("PNG", {}), ("WEBP", {"lossless": True}))
+    ],
+    "several pictures in a JPEG (MPO)": [
+        (
+            picture(Image.new("L", (8, 8), 50), "MPO", save_all=True, append_images=[Image.new("L", (8, 8), 200)]),
+            (50, 50, 50),
+        )
+    ],
+    "broken EXIF": [
+        (png(8, 2, 1, 2, 3, extra=png_chunk(b"eXIf", b"garbage")), (1, 2, 3)),
+        (picture(Image.new("L", (8, 8), 50), "JPEG", exif=b"Exif\0\0garbage!"), (50, 50, 50)),
+    ],
+}
+"""By their row in docs/contract.md: files, and the colour of their first pixel."""
+
+
+@pytest.mark.parametrize("kind", TREATMENTS)
+def test_other_kinds_of_pictures_become_rgb(kind: str) -> None:
+    """As the table in docs/contract.md has it."""
+    files, colours = zip(*TREATMENTS[kind], strict=True)
     images = decode_json(json_body(*files), LIMITS).images_HWC
-    expected = [(100,) * 3, (255,) * 3, (0x80,) * 3, (255,) * 3, (1, 2, 3), (0, 0, 0)]
-    assert [tuple(image[0, 0].tolist()) for image in images] == expected
-    assert [image.shape for image in images] == [(1, 2, 3)] * 4 + [(2, 1, 3), (1, 2, 3)]
+    assert all(image.dtype == np.uint8 and image.shape[2] == 3 for image in images)
+    assert [tuple(image[0, 0].tolist()) for image in images] == list(colours)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 100})])
+def test_exif_rotation_is_applied(kind: str, options: dict[str, object], orientation: int) -> None:
+    """All eight orientations, in all three formats; the definition is that of the EXIF standard: what is at row 0 and
+    at column 0 of the file."""
+    upright_HW = np.zeros((16, 32), np.uint8)
+    upright_HW[:8, :8] = 100
+    upright_HW[:8, 24:] = 200
+    turned = {
+        1: upright_HW,
+        2: upright_HW[:, ::-1],
+        3: upright_HW[::-1, ::-1],
+        4: upright_HW[::-1],
+        5: upright_HW.T,
+        6: upright_HW.T[::-1],
+        7: upright_HW.T[::-1, ::-1],
+        8: upright_HW.T[:, ::-1],
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = picture(Image.fromarray(np.repeat(turned[:, :, None], 3, axis=2)), kind, exif=exif, **options)
+    (image_HWC,) = decode_json(json_body(file), LIMITS).images_HWC
+    assert image_HWC.shape == (16, 32, 3)
+    assert np.abs(image_HWC[:, :, 0].astype(int) - upright_HW).max() <= 3
+
+
+def test_the_table_of_treatments_is_tested_row_by_row() -> None:
+    """Each row of docs/contract.md names its test, and each kind tested here stands there."""
+    page = (ROOT / "docs" / "contract.md").read_text("utf-8")
+    table = page.split("## Pictures")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| ([^|]+?) \| [^|]+ \|$", table, flags=re.MULTILINE)[1:]
+    tested = {*TREATMENTS, "EXIF rotation", "pictures of several sizes", "animation", "not whole", "too many pixels"}
+    assert set(rows) == {*tested, "anything else"}
+
+
+def test_pictures_of_several_sizes_keep_their_sizes() -> None:
+    """No picture is resized to fit the others."""
+    files = [picture(Image.new("RGB", size)) for size in ((3, 2), (2, 3), (64, 64), (1, 1))]
+    shapes = [image.shape for image in decode_json(json_body(*files), LIMITS).images_HWC]
+    assert shapes == [(2, 3, 3), (3, 2, 3), (64, 64, 3), (1, 1, 3)]
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("JPEG", {}), ("WEBP", {"lossless": True}), ("WEBP", {})])
+def test_every_prefix_of_a_picture_is_refused(kind: str, options: dict[str, object]) -> None:
+    """However little is missing."""
+    whole = picture(Image.fromarray(random_images(8, 8, 3)), kind, **options)
+    assert decode_json(json_body(whole), LIMITS).images_HWC[0].shape == (8, 8, 3)
+    for end in range(len(whole)):
+        with pytest.raises(ItemInvalid, match=r"image 0 .* send a whole file"):
+            decode_json(json_body(whole[:end]), LIMITS)
+
+
+def test_a_prompt_is_whole_text() -> None:
+    """Half a surrogate pair, which JSON inside safetensors can hold, is no character."""
+    body = safetensors.numpy.save({"images": np.zeros((2, 4, 4, 3), np.uint8)}, {"prompts": '["a", "\\ud800"]'})
+    with pytest.raises(ItemInvalid, match="prompt 1 holds half a surrogate pair"):
+        decode_batch(body, LIMITS)
 
 
 @pytest.mark.parametrize(

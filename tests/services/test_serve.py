@@ -131,17 +131,50 @@ def test_a_killed_supervisor_leaves_no_process(start: Start) -> None:
         assert not left.exists()
 
 
-def test_a_child_that_dies_stops_the_rest(start: Start) -> None:
+def child(process: Process, part: bytes) -> int:
+    """The process below another that has a part in its command line."""
+    (pid,) = (pid for pid in descendants(process.pid) if part in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return pid
+
+
+@pytest.mark.parametrize("part", [b"\0worker\0", b"\0api\0", b"redis.sock"])
+def test_a_child_that_dies_is_started_again(start: Start, part: bytes) -> None:
+    """Whichever it is, the service goes on at the same address, and a request sent meanwhile gets its scores."""
+    folders = redis_folders()
+    process = start(*SERVE, "brightness", REWARD_LEASE_MS="1000")
+    url = process.url()
+    images_BHWC = random_images(40, 8, 8, 3)
+    for _ in range(2):
+        os.kill(child(process, part), signal.SIGKILL)
+        assert np.array_equal(score(url, images_BHWC).scores, Brightness().score(images_BHWC, None))
+    wait_until(lambda: len(descendants(process.pid)) == 3)
+    pids = descendants(process.pid)
+    process.close_stdin()
+    assert process.wait() == 0
+    assert "is started again" in process.errors()
+    assert_gone(pids, folders)
+
+
+@pytest.mark.slow
+def test_a_child_that_dies_too_often_stops_the_rest(start: Start) -> None:
     """One line, and a code that is not 0."""
     folders = redis_folders()
-    process = start(*SERVE, "brightness")
+    process = start(*SERVE, f"{DUMMY}DiesWhenReady")
     process.announced()
     pids = descendants(process.pid)
-    worker = next(pid for pid in pids if b"\0worker\0" in Path(f"/proc/{pid}/cmdline").read_bytes())
-    os.kill(worker, signal.SIGKILL)
     assert process.wait() == 1
-    assert process.errors() == "error: worker brightness: died with exit code -9: see the log\n"
+    last = process.errors().splitlines()[-1]
+    assert last.startswith(f"error: worker {DUMMY}DiesWhenReady: died with exit code 9, 11 times within 300 s")
     assert_gone(pids, folders)
+
+
+def test_a_child_that_never_becomes_ready_stops_the_rest(start: Start) -> None:
+    """There is no use in trying again: one line."""
+    folders = redis_folders()
+    process = start(*SERVE, f"{DUMMY}DiesLoading")
+    assert process.wait() == 1
+    assert process.errors() == f"error: worker {DUMMY}DiesLoading: died with exit code 9: see the log\n"
+    assert_gone([], folders)
 
 
 def test_a_port_in_use_is_one_line(start: Start) -> None:

@@ -52,7 +52,13 @@ def listens(port: int) -> bool:
 def queued_images(url: str) -> float:
     """Images that wait or are in work, as the service's metrics say."""
     text = httpx.get(f"{url}/metrics", timeout=10).text
-    return next(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith("reward_queue_images"))
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith("reward_queue_images{"))
+
+
+def process_of(pids: set[int], part: bytes) -> int:
+    """The one process that has a part in its command line."""
+    (pid,) = (pid for pid in pids if part in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return pid
 
 
 def assert_gone(pids: set[int], port: int) -> None:
@@ -149,7 +155,7 @@ def test_services_that_are_not_ready_in_time_are_stopped(tmp_path: Path) -> None
 
 
 def test_a_run_whose_services_die_is_told_at_once(tmp_path: Path) -> None:
-    """What is in flight fails, and what is sent later; the error is the services' last words and names their log."""
+    """What is in flight fails, and what is sent later; the error says how they ended and names their log."""
     rewards = [RewardConfig(name="brightness")]
     before = below_this_process()
     with (
@@ -157,18 +163,33 @@ def test_a_run_whose_services_die_is_told_at_once(tmp_path: Path) -> None:
         Scorer(rewards, services.urls, timeout_s=60) as scorer,
     ):
         services.when_dead(scorer.abort)
-        (worker,) = (
-            pid for pid in below_this_process() - before if b"\0worker\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        )
-        os.kill(worker, signal.SIGSTOP)
+        pids = below_this_process() - before
+        os.kill(process_of(pids, b"\0worker\0"), signal.SIGSTOP)
         pending = scorer.submit(random_images(3, 8, 8, 3))
         wait_until(lambda: queued_images(services.urls["brightness"]) == 3)  # the API waits for them
-        os.kill(worker, signal.SIGKILL)
-        words = r"worker brightness: died with exit code -9.*services\.log"
+        os.kill(process_of(pids, b"\0serve\0"), signal.SIGKILL)
+        words = r"exit code -9; log: .*services\.log"
         with pytest.raises(LocalRewardsError, match=words):
             pending.result(20)
         with pytest.raises(LocalRewardsError, match=words):
             scorer.submit(random_images(3, 8, 8, 3)).result(20)
+
+
+def test_a_worker_that_dies_costs_a_run_nothing(tmp_path: Path) -> None:
+    """It is started again, and what it had in hand is scored."""
+    before = below_this_process()
+    images_BHWC = random_images(3, 8, 8, 3)
+    with (
+        LocalRewards(["brightness"], tmp_path / "services.log") as services,
+        Scorer([RewardConfig(name="brightness")], services.urls, timeout_s=60) as scorer,
+    ):
+        worker = process_of(below_this_process() - before, b"\0worker\0")
+        os.kill(worker, signal.SIGSTOP)
+        pending = scorer.submit(images_BHWC)
+        wait_until(lambda: queued_images(services.urls["brightness"]) == 3)
+        os.kill(worker, signal.SIGKILL)
+        assert np.array_equal(pending.result(60).reward, Brightness().score(images_BHWC, None))
+    assert "worker brightness: died with exit code -9; it is started again" in (tmp_path / "services.log").read_text()
 
 
 def test_the_token_of_the_environment_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

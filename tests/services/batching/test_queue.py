@@ -1,107 +1,36 @@
 """The queue on a real Redis: at least once, answered once, nothing left behind."""
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from redis.asyncio import Redis
 
-from services.batching.streams import GROUP, Delivery, Keys, Reply, WorkQueue, connect
-from services.batching.submit import (
-    DeadlinePassed,
-    Job,
-    QueueAway,
-    QueueFull,
-    ScoringFailed,
-    SubmitQueue,
-    split_batch,
-)
+from services.batching.errors import DeadlinePassed, QueueAway, QueueFull, ScoringFailed
+from services.batching.streams import Delivery, Reply, connect
+from services.batching.submit import SubmitQueue, split_batch
 from services.batching.worker import ScorerHung, Worker, WorkerLimits
 from services.images import Batch
 from services.rewards.base import Reward
 from services.rewards.brightness import Brightness
 from tests.services import dummies
+from tests.services.batching.workbench import (
+    KEYS,
+    LEASE_MS,
+    assert_nothing_left,
+    expected,
+    has_jobs,
+    jobs_of,
+    queued,
+    scores,
+    work_queue,
+    working,
+)
 from tests.services.conftest import random_images, wait_until_async
 
 pytestmark = [pytest.mark.redis, pytest.mark.anyio]
-
-KEYS = Keys("brightness", "1")
-LEASE_MS = 300
-LIMITS = WorkerLimits(max_batch=32, max_wait_s=0.02, lease_s=LEASE_MS / 1000, max_deliveries=2, patience_s=5.0)
-
-
-@pytest.fixture
-async def redis(redis_url: str) -> AsyncIterator[Redis]:
-    """A client of the test's Redis."""
-    client = connect(redis_url, timeout_s=5.0)
-    yield client
-    await client.aclose()
-
-
-@pytest.fixture
-async def api(redis: Redis) -> AsyncIterator[SubmitQueue]:
-    """The API's side of the queue, bounded to 64 images."""
-    async with SubmitQueue(redis, KEYS, queue_images=64, queue_bytes=2**20) as queue:
-        yield queue
-
-
-def work_queue(redis: Redis, consumer: str, *, lease_ms: int = LEASE_MS) -> WorkQueue:
-    """A worker's side of the queue."""
-    return WorkQueue(redis, KEYS, consumer=consumer, lease_ms=lease_ms)
-
-
-@contextlib.asynccontextmanager
-async def working(
-    redis: Redis, reward: Reward, limits: WorkerLimits = LIMITS, *, consumer: str = "worker"
-) -> AsyncIterator[None]:
-    """A worker in this process."""
-    stop, ready = asyncio.Event(), asyncio.Event()
-    worker = Worker(work_queue(redis, consumer), reward, limits)
-    await worker.warmup()
-    task = asyncio.create_task(worker.run(stop, on_ready=ready.set))
-    await ready.wait()
-    try:
-        yield
-    finally:
-        stop.set()
-        await task
-
-
-def jobs_of(count: int, *, seed: int = 0, job_images: int = 4, poison: Sequence[int] = ()) -> list[Job]:
-    """Noise as jobs; `poison` names images that a dummy reward chokes on."""
-    images_BHWC = random_images(count, 4, 4, 3, seed=seed)
-    images_BHWC[:, 0, 0, 0] = 0
-    images_BHWC[list(poison), 0, 0, 0] = dummies.POISON
-    return split_batch(Batch(list(images_BHWC), None), job_images=job_images, job_bytes=2**20)
-
-
-def expected(jobs: Sequence[Job]) -> list[float]:
-    """What brightness gives, straight from the reward."""
-    return [score for job in jobs for score in Brightness().score(job.images_BHWC, None).tolist()]
-
-
-def scores(replies: Sequence[Reply]) -> list[float]:
-    """Replies laid end to end."""
-    return [score for reply in replies for score in reply.scores]
-
-
-async def has_jobs(redis: Redis, count: int) -> bool:
-    """Whether the stream holds this many jobs."""
-    return await redis.xlen(KEYS.jobs) == count
-
-
-async def assert_nothing_left(redis: Redis) -> None:
-    """No job, no lease, no payload, no load."""
-    assert await redis.xlen(KEYS.jobs) == 0
-    if await redis.exists(KEYS.jobs) and await redis.xinfo_groups(KEYS.jobs):
-        assert (await redis.xpending(KEYS.jobs, GROUP))["pending"] == 0
-    assert await redis.keys(KEYS.payload("*")) == []
-    load = await redis.hgetall(KEYS.load)
-    assert {int(value) for value in load.values()} <= {0}
-    assert await redis.zcard(KEYS.uploads) == 0
 
 
 async def test_scores_come_back_in_order_across_jobs_sizes_and_requests(redis: Redis, api: SubmitQueue) -> None:
@@ -189,7 +118,7 @@ async def test_the_bound_holds_over_all_requests_and_is_given_back(redis: Redis,
     """Of 64 images that may be queued 60 are: 5 more are refused, 4 are not; afterwards there is room again."""
     waiting = asyncio.create_task(api.score(jobs_of(60), deadline_s=20.0))
     await wait_until_async(lambda: has_jobs(redis, 15))
-    assert await api.load() == (60, 60 * 48)
+    assert await queued(api) == (60, 60 * 48)
     with pytest.raises(QueueFull, match="60 images"):
         await api.score(jobs_of(5), deadline_s=5.0)
     four = asyncio.create_task(api.score(jobs_of(4, seed=3), deadline_s=20.0))
@@ -214,8 +143,8 @@ async def test_a_lost_load_is_counted_anew(redis: Redis, api: SubmitQueue) -> No
     with pytest.raises(QueueFull, match="60 images"):
         await api.score(jobs_of(5), deadline_s=5.0)
     await redis.hset(KEYS.load, mapping={"images": 999, "bytes": 1})
-    await work_queue(redis, "any").reconcile()
-    assert await api.load() == (60, 60 * 48)
+    await work_queue(redis, "any").tidy()
+    assert await queued(api) == (60, 60 * 48)
     waiting.cancel()
     await asyncio.wait([waiting])
 
@@ -226,11 +155,12 @@ async def test_a_silent_workers_job_is_taken_over_and_its_late_reply_dropped(red
     await heir.ensure_group()
     request = asyncio.create_task(api.score(jobs_of(1), deadline_s=20.0))
     (stale,) = await zombie.read(1, block_ms=2000)
-    assert await heir.take_over(10) == []
+    assert await heir.take_over() is None
     taken: list[Delivery] = []
 
     async def takes_over() -> bool:
-        taken.extend(await heir.take_over(10))
+        if delivery := await heir.take_over():
+            taken.append(delivery)
         return bool(taken)
 
     await wait_until_async(takes_over)
@@ -251,7 +181,7 @@ async def test_a_renewed_lease_is_not_taken_over(redis: Redis, api: SubmitQueue)
     held = await owner.read(1, block_ms=2000)
     for _ in range(12):
         assert await owner.renew(held) == 1
-        assert await other.take_over(10) == []
+        assert await other.take_over() is None
         await asyncio.sleep(LEASE_MS / 3000)
     await owner.reply(held[0], Reply(scores=(0.5,)))
     assert scores(await request) == [0.5]
@@ -263,9 +193,10 @@ async def test_a_leaving_worker_hands_back_without_a_mark(redis: Redis, api: Sub
     await leaving.ensure_group()
     request = asyncio.create_task(api.score(jobs_of(1), deadline_s=20.0))
     await leaving.read(1, block_ms=2000)
-    assert await other.take_over(10) == []
+    assert await other.take_over() is None
     await leaving.hand_back()
-    (delivery,) = await other.take_over(10)
+    delivery = await other.take_over()
+    assert delivery is not None
     assert delivery.deliveries == 1
     await other.reply(delivery, Reply(scores=(0.5,)))
     assert scores(await request) == [0.5]
@@ -277,7 +208,7 @@ async def test_a_job_that_silences_its_workers_becomes_a_dead_letter(redis: Redi
     await victim.ensure_group()
     poison = asyncio.create_task(api.score(jobs_of(1), deadline_s=20.0))
     assert await victim.read(1, block_ms=2000)
-    await wait_until_async(lambda: victim.take_over(1))
+    await wait_until_async(victim.take_over)
     async with working(redis, Brightness()):
         good = jobs_of(8, seed=4)
         assert scores(await api.score(good, deadline_s=20.0)) == expected(good)

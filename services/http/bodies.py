@@ -1,0 +1,109 @@
+"""From the bytes of a request to jobs for the queue, whichever of the three bodies they came in."""
+
+import functools
+import hashlib
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from python_multipart.multipart import parse_options_header
+
+from services import protocol
+from services.batching.submit import Job, split_batch
+from services.http.multipart import decode_multipart
+from services.http.problems import ProblemError
+from services.images import Batch, decode_batch, decode_json
+from services.protocol import Limits
+
+MEDIA_TYPES = (protocol.MEDIA_SAFETENSORS, protocol.MEDIA_JSON, protocol.MEDIA_MULTIPART)
+CONTENT_TYPE_CHARS = 400
+
+Decoder = Callable[[bytes | bytearray, Limits], Batch]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A decoded request.
+
+    Attributes:
+        jobs: its images and prompts, in order.
+        images: how many images.
+        size_bytes: of their pixels.
+        digest: of images and prompts, the same for the same pictures in any body; empty if it was not asked for.
+    """
+
+    jobs: Sequence[Job]
+    images: int
+    size_bytes: int
+    digest: str
+
+
+def decoder_of(headers: Mapping[str, str]) -> Decoder:
+    """Choose the decoder of a body.
+
+    Args:
+        headers: of the request, with names in lower case.
+
+    Raises:
+        ProblemError: 415, no such body is read here.
+    """
+    encoding = headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        detail = f"Content-Encoding is {encoding[:40]!r}, but bodies are not decompressed: send it as it is"
+        raise ProblemError("unsupported-media-type", detail)
+    media, parameters = _media_type(headers.get("content-type", ""))
+    if media == protocol.MEDIA_SAFETENSORS:
+        return decode_batch
+    if media == protocol.MEDIA_JSON:
+        return decode_json
+    if media == protocol.MEDIA_MULTIPART:
+        return functools.partial(decode_multipart, parameters=parameters)
+    known = ", ".join(MEDIA_TYPES)
+    detail = f"the body is {media[:80] or 'of no type'!r}, must be one of {known}: set Content-Type"
+    raise ProblemError("unsupported-media-type", detail)
+
+
+def prepare(
+    decode: Decoder, body: bytearray, limits: Limits, *, job_images: int, job_bytes: int, digests: bool
+) -> Prepared:
+    """Decode a body and cut it into jobs; slow, and so meant for a thread.
+
+    Args:
+        decode: what `decoder_of` chose.
+        body: of the request; the result does not refer to it.
+        limits: bounds to hold the batch to.
+        job_images, job_bytes: bounds of one job.
+        digests: whether the digest is wanted.
+
+    Raises:
+        services.images.BodyError: the body holds no batch that can be scored.
+    """
+    batch = decode(body, limits)
+    return Prepared(
+        jobs=split_batch(batch, job_images=job_images, job_bytes=job_bytes),
+        images=len(batch.images_HWC),
+        size_bytes=sum(image_HWC.nbytes for image_HWC in batch.images_HWC),
+        digest=digest_of(batch) if digests else "",
+    )
+
+
+def digest_of(batch: Batch) -> str:
+    """SHA-256 of sizes, pixels and prompts, in hexadecimal."""
+    digest = hashlib.sha256()
+    for image_HWC in batch.images_HWC:
+        digest.update(struct.pack("<QQ", *image_HWC.shape[:2]))
+        digest.update(image_HWC.data)
+    for prompt in batch.prompts or ():
+        text = prompt.encode()
+        digest.update(struct.pack("<Q", len(text)))
+        digest.update(text)
+    digest.update(struct.pack("<Q?", len(batch.images_HWC), batch.prompts is None))
+    return digest.hexdigest()
+
+
+def _media_type(text: str) -> tuple[str, dict[str, str]]:
+    """The media type of a Content-Type and its parameters."""
+    media, parameters = parse_options_header(text[:CONTENT_TYPE_CHARS])
+    return media.decode("latin-1"), {
+        name.decode("latin-1"): value.decode("latin-1") for name, value in parameters.items()
+    }

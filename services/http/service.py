@@ -1,0 +1,249 @@
+"""What happens to a request for scores, from its first header to its answer."""
+
+import asyncio
+import hmac
+import math
+import re
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from fastapi import Request
+
+from services import protocol
+from services.batching.errors import DeadlinePassed, KeyReused, QueueAway, QueueError, QueueFull, ScoringFailed
+from services.batching.streams import Reply
+from services.batching.submit import Job
+from services.batching.survey import Survey
+from services.http.bodies import MEDIA_TYPES, Decoder, Prepared, decoder_of, prepare
+from services.http.metrics import Metrics
+from services.http.problems import ProblemError
+from services.http.uploads import HeldBytes, Patience, read_body
+from services.images import BodyError, ItemInvalid
+from services.protocol import Info, Readiness, ScoreAnswer, Timing
+from services.rewards.base import Reward
+from services.settings import Settings
+
+CLIENT_POLL_S = 0.25
+"""How often a waiting request looks whether its client is still there: uvicorn cancels nothing by itself."""
+LEAST_LEFT_S = 0.001
+T = TypeVar("T")
+
+
+class Queue(Protocol):
+    """What the application needs of the batch queue; see `services.batching.submit.SubmitQueue`."""
+
+    async def ready(self) -> bool: ...
+
+    async def survey(self) -> Survey: ...
+
+    async def score(self, jobs: Sequence[Job], *, deadline_s: float, request: str) -> list[Reply]: ...
+
+    async def once(
+        self, key: str, digest: str, work: Callable[[], Awaitable[bytes]], *, deadline_s: float
+    ) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A successful answer.
+
+    Attributes:
+        content: a `ScoreAnswer` as JSON.
+        replayed: whether it was found for an earlier request of the same idempotency key.
+    """
+
+    content: bytes
+    replayed: bool
+
+
+class ScoreService:
+    """Answers the requests of one reward through its queue."""
+
+    def __init__(self, reward: Reward, settings: Settings, queue: Queue) -> None:
+        """Bind reward, settings and queue.
+
+        Args:
+            reward: describes itself; its `score` is never called here.
+            settings: limits, token, deadlines.
+            queue: open.
+        """
+        self.settings = settings
+        self.queue = queue
+        self.metrics = Metrics(reward.name, reward.version)
+        self.draining = False
+        self._token = settings.token.get_secret_value().encode() if settings.token else None
+        self._retry_after = {protocol.HEADER_RETRY_AFTER: str(settings.retry_after_s)}
+        self._held = HeldBytes(settings.queue_bytes, headers=self._retry_after)
+        self.info = Info(
+            name=reward.name,
+            version=reward.version,
+            low=reward.low,
+            high=reward.high,
+            higher_is_better=reward.higher_is_better,
+            uses_prompts=reward.uses_prompts,
+            bodies=list(MEDIA_TYPES),
+            limits=settings.limits,
+        )
+
+    def authorise(self, request: Request) -> None:
+        """Refuse a request that does not carry the token, in a time that tells nothing about it.
+
+        Raises:
+            ProblemError: 401.
+        """
+        if self._token is None:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._token):
+            detail = "the bearer token is missing or wrong: send 'Authorization: Bearer TOKEN'"
+            raise ProblemError("unauthorized", detail, headers={"WWW-Authenticate": "Bearer"})
+
+    async def readiness(self) -> Readiness:
+        """Say whether requests will be scored now.
+
+        Raises:
+            ProblemError: 503, with the reason.
+        """
+        self._refuse_when_draining()
+        try:
+            ready = await self.queue.ready()
+        except QueueAway as error:
+            raise self._not_ready(f"{error}: wait until it is back") from error
+        if not ready:
+            raise self._not_ready(f"no worker for {self.info.name} {self.info.version} is ready: start one, or wait")
+        return Readiness()
+
+    async def score(self, request: Request, request_id: str) -> Answer:
+        """Answer `POST /score`.
+
+        Args:
+            request: nothing of its body has been read.
+            request_id: its name in the logs.
+
+        Raises:
+            ProblemError: the request cannot be answered with scores.
+        """
+        self._refuse_when_draining()
+        decode = decoder_of(request.headers)
+        key = _idempotency_key(request)
+        deadline_s = self._deadline_s(request)
+        patience = Patience(deadline_s, asyncio.get_running_loop().time() + deadline_s, self.settings.upload_stall_s)
+        with self._held.share() as share:
+            started_s = time.monotonic()
+            body = await read_body(request, self._held, share, self.settings.max_body_bytes, patience)
+            read_s = time.monotonic()
+            self.metrics.observe_phase("read", read_s - started_s)
+            prepared = await self._prepare(decode, body, digests=key is not None)
+            del body
+            self.metrics.observe_phase("decode", time.monotonic() - read_s)
+            self.metrics.observe_size(prepared.images)
+            share.grow_to(prepared.size_bytes)
+            return await self._answer(request, request_id, prepared, key, patience.gives_up_s)
+
+    async def _prepare(self, decode: Decoder, body: bytearray, *, digests: bool) -> Prepared:
+        """Decode on a thread, so that pictures do not hold up other requests."""
+        settings = self.settings
+        bounds = {"job_images": settings.job_images, "job_bytes": settings.job_bytes}
+        try:
+            return await asyncio.to_thread(prepare, decode, body, settings.limits, digests=digests, **bounds)
+        except BodyError as error:
+            kinds = {400: "malformed-body", 413: "batch-too-large", 422: "unreadable-item"}
+            index = error.index if isinstance(error, ItemInvalid) else None
+            raise ProblemError(kinds[error.status], str(error), index=index) from error
+
+    async def _answer(
+        self, request: Request, request_id: str, prepared: Prepared, key: str | None, gives_up_s: float
+    ) -> Answer:
+        """Have it scored, unless its key has an answer already."""
+        now_s = asyncio.get_running_loop().time
+        replayed = True
+
+        async def work() -> bytes:
+            nonlocal replayed
+            replayed = False
+            left_s = max(LEAST_LEFT_S, gives_up_s - now_s())
+            return self._content(
+                await self.queue.score(prepared.jobs, deadline_s=left_s, request=request_id), prepared.images
+            )
+
+        left_s = max(LEAST_LEFT_S, gives_up_s - now_s())
+        asking = work() if key is None else self.queue.once(key, prepared.digest, work, deadline_s=left_s)
+        try:
+            content = await _while_connected(request, asking)
+        except QueueError as error:
+            raise self._problem_of(error) from error
+        return Answer(content, replayed)
+
+    def _content(self, replies: Sequence[Reply], images: int) -> bytes:
+        """Lay the replies end to end."""
+        scores = [score for reply in replies for score in reply.scores]
+        if len(scores) != images or not all(math.isfinite(score) for score in scores):
+            detail = f"the worker gave {len(scores)} scores for {images} images, or one that is no finite number"
+            raise ProblemError("scoring-failed", detail)
+        queue_ms, score_ms = max(reply.queue_ms for reply in replies), max(reply.score_ms for reply in replies)
+        self.metrics.count_images(images)
+        self.metrics.observe_phase("queue", queue_ms / 1000)
+        self.metrics.observe_phase("score", score_ms / 1000)
+        timing = Timing(queue=queue_ms, score=score_ms)
+        answer = ScoreAnswer(scores=scores, reward=self.info.name, version=self.info.version, timing_ms=timing)
+        return answer.model_dump_json().encode()
+
+    def _problem_of(self, error: QueueError) -> ProblemError:
+        """What an error of the queue means to the client."""
+        if isinstance(error, QueueFull):
+            return ProblemError("queue-full", str(error), headers=self._retry_after)
+        if isinstance(error, QueueAway):
+            return self._not_ready(f"{error}: try again later")
+        if isinstance(error, DeadlinePassed):
+            return ProblemError("deadline-passed", str(error))
+        if isinstance(error, KeyReused):
+            return ProblemError("idempotency-key-reused", str(error))
+        return ProblemError(
+            "scoring-failed", str(error), index=error.index if isinstance(error, ScoringFailed) else None
+        )
+
+    def _deadline_s(self, request: Request) -> float:
+        """Read the deadline header, in seconds; at most the service's own limit."""
+        text = request.headers.get(protocol.HEADER_DEADLINE_MS)
+        if text is None:
+            return self.settings.default_deadline_s
+        if not (text.isascii() and text.isdigit()) or len(text) > 20 or int(text) < 1:
+            detail = f"{protocol.HEADER_DEADLINE_MS} is {text[:40]!r}, must be whole milliseconds of at least 1"
+            raise ProblemError("malformed-request", detail)
+        return min(int(text) / 1000, self.settings.max_deadline_s)
+
+    def _refuse_when_draining(self) -> None:
+        if self.draining:
+            raise self._not_ready("the service is draining: use another replica")
+
+    def _not_ready(self, detail: str) -> ProblemError:
+        return ProblemError("not-ready", detail, headers=self._retry_after)
+
+
+def _idempotency_key(request: Request) -> str | None:
+    text = request.headers.get(protocol.HEADER_IDEMPOTENCY_KEY)
+    if text is not None and not re.fullmatch(protocol.IDEMPOTENCY_KEY_PATTERN, text):
+        detail = (
+            f"{protocol.HEADER_IDEMPOTENCY_KEY} is {text[:40]!r} of {len(text)} characters, "
+            "must be 1 to 128 printable ASCII characters without spaces: send a UUID"
+        )
+        raise ProblemError("malformed-request", detail)
+    return text
+
+
+async def _while_connected(request: Request, work: Awaitable[T]) -> T:
+    """Wait for the work, and cancel it as soon as the client has left."""
+    task = asyncio.ensure_future(work)
+    try:
+        while True:
+            done, _ = await asyncio.wait([task], timeout=CLIENT_POLL_S)
+            if done:
+                return task.result()
+            if await request.is_disconnected():
+                raise ProblemError("client-gone", "the client left")
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task])
