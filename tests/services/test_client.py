@@ -1,8 +1,8 @@
 """The client against answers of every kind: an invalid one never becomes a number."""
 
 import json
-import time
-from collections.abc import Callable, Iterator
+import pickle
+from collections.abc import Iterator
 
 import httpx
 import numpy as np
@@ -13,77 +13,42 @@ from services import protocol
 from services.client import (
     RewardAnswerInvalid,
     RewardClient,
-    RewardDeadlineExceeded,
+    RewardError,
     RewardRefused,
     RewardUnavailable,
 )
 from services.images import decode_batch, decode_json
-from services.protocol import Limits
+from services.protocol import Limits, Problem
 from tests.services.conftest import random_images
+from tests.services.fake_service import URL, FakeService, answer, info, problem
 
 pytestmark = pytest.mark.anyio
 
-URL = "http://reward.test"
 TOKEN = "of-a-test"
 IMAGES = random_images(3, 4, 4, 3)
-Handler = Callable[[httpx.Request], httpx.Response]
 
 
 @pytest.fixture(autouse=True)
 def quick_retries() -> Iterator[None]:
-    """Waits between attempts, unless a service asks for them, are skipped."""
+    """Waits between attempts are skipped."""
     with stamina.set_testing(True, attempts=4, cap=True):
         yield
 
 
-def info(**changes: object) -> dict[str, object]:
-    """An answer of `GET /info`."""
-    limits = {"max_images": 100, "max_body_bytes": 10**6, "max_pixels": 10**6, "max_prompt_chars": 100}
-    bodies = [protocol.MEDIA_SAFETENSORS, protocol.MEDIA_JSON]
-    return {"name": "fake", "version": "1", "bodies": bodies, "limits": limits, **changes}
-
-
-def answer(scores: object, **changes: object) -> dict[str, object]:
-    """An answer of `POST /score`."""
-    timing = {"queue": 1.0, "score": 2.0}
-    return {"scores": scores, "reward": "fake", "version": "1", "timing_ms": timing, **changes}
-
-
-def service(on_score: Handler, **info_changes: object) -> httpx.MockTransport:
-    """A service with a given `POST /score`."""
-
-    def handle(request: httpx.Request) -> httpx.Response:
-        if request.url.path == protocol.INFO_PATH:
-            return httpx.Response(200, json=info(**info_changes))
-        return on_score(request)
-
-    return httpx.MockTransport(handle)
-
-
-def problem(status: int, **headers: str) -> httpx.Response:
-    """An error as the services give it."""
-    body = {"type": "urn:reward:x", "title": "No", "status": status, "detail": "because", "index": 2}
-    return httpx.Response(status, json=body, headers={"Content-Type": protocol.MEDIA_PROBLEM, **headers})
-
-
 async def test_scores_are_float64_in_order_with_name_version_and_timing() -> None:
-    """The request carries token, deadline, id, images and prompts; the result is the answer's."""
-    seen: list[httpx.Request] = []
-
-    def on_score(request: httpx.Request) -> httpx.Response:
-        seen.append(request)
-        return httpx.Response(200, json=answer([0.1, 1, -2.5]))
-
-    async with RewardClient(URL + "/", token=TOKEN, transport=service(on_score)) as client:
+    """The request carries token, deadline, id, key, images and prompts; the result is the answer's."""
+    service = FakeService(lambda _: httpx.Response(200, json=answer([0.1, 1, -2.5])))
+    async with RewardClient(URL + "/", token=TOKEN, transport=service.transport) as client:
         result = await client.score(IMAGES, ["a", "b", "c"], deadline_s=10)
     assert result.scores.dtype == np.float64
     assert result.scores.tolist() == [0.1, 1.0, -2.5]
     assert (result.reward, result.version) == ("fake", "1")
     assert {"queue", "score", "total"} == set(result.timing_ms)
-    (request,) = seen
+    (request,) = service.posts
     assert request.headers["authorization"] == f"Bearer {TOKEN}"
     assert 1 <= int(request.headers[protocol.HEADER_DEADLINE_MS]) <= 10_000
     assert request.headers[protocol.HEADER_REQUEST_ID]
+    assert len(request.headers[protocol.HEADER_IDEMPOTENCY_KEY]) == 32
     batch = decode_batch(request.content, Limits())
     assert np.array_equal(np.stack(list(batch.images_HWC)), IMAGES)
     assert batch.prompts == ["a", "b", "c"]
@@ -112,143 +77,92 @@ async def test_scores_are_float64_in_order_with_name_version_and_timing() -> Non
 )
 async def test_an_invalid_answer_raises_and_is_not_repeated(body: str) -> None:
     """NaN, null, a missing or an extra score is an error, never a number."""
-    sent = []
-
-    def on_score(request: httpx.Request) -> httpx.Response:
-        sent.append(request)
-        return httpx.Response(200, content=body)
-
-    async with RewardClient(URL, transport=service(on_score)) as client:
-        with pytest.raises(RewardAnswerInvalid, match=URL):
+    service = FakeService(lambda _: httpx.Response(200, content=body))
+    async with RewardClient(URL, transport=service.transport) as client:
+        with pytest.raises(RewardAnswerInvalid, match=URL) as caught:
             await client.score(IMAGES)
-    assert len(sent) == 1
+    assert caught.value.status == 200
+    assert len(service.posts) == 1
 
 
-@pytest.mark.parametrize("status", [429, 502, 503, 504])
-async def test_a_busy_service_is_asked_again(status: int) -> None:
-    """Two failures that may pass, then the scores."""
-    answers = iter([problem(status), problem(status), httpx.Response(200, json=answer([1, 2, 3]))])
-    async with RewardClient(URL, transport=service(lambda _: next(answers))) as client:
-        assert (await client.score(IMAGES)).scores.tolist() == [1, 2, 3]
+async def test_an_answer_that_cannot_be_decoded_is_invalid() -> None:
+    """What calls itself gzip and is none is not asked for again."""
+    headers = {"Content-Encoding": "gzip"}
+
+    def on_score(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, stream=httpx.ByteStream(b"no gzip"), headers=headers)
+
+    service = FakeService(on_score)
+    async with RewardClient(URL, transport=service.transport) as client:
+        with pytest.raises(RewardAnswerInvalid, match="cannot be decoded"):
+            await client.score(IMAGES)
+    assert len(service.posts) == 1
 
 
-@pytest.mark.parametrize("status", [301, 302, 400, 401, 404, 413, 415, 422, 500])
+@pytest.mark.parametrize("status", [201, 202, 204])
+async def test_another_success_is_no_answer(status: int) -> None:
+    """Scores come with 200 alone."""
+    service = FakeService(lambda _: httpx.Response(status))
+    async with RewardClient(URL, transport=service.transport) as client:
+        with pytest.raises(RewardAnswerInvalid, match=str(status)) as caught:
+            await client.score(IMAGES)
+    assert caught.value.status == status
+    assert len(service.posts) == 1
+
+
+@pytest.mark.parametrize("status", [301, 302, 400, 401, 403, 404, 409, 413, 415, 422, 425, 500, 501])
 async def test_a_refusal_is_final_and_says_why(status: int) -> None:
     """No other status is repeated, and no redirect followed."""
-    sent = []
-
-    def on_score(request: httpx.Request) -> httpx.Response:
-        sent.append(request)
-        return problem(status, Location="http://elsewhere.test/")
-
-    async with RewardClient(URL, transport=service(on_score)) as client:
+    service = FakeService(lambda _: problem(status, Location="http://elsewhere.test/"))
+    async with RewardClient(URL, transport=service.transport) as client:
         with pytest.raises(RewardRefused, match=rf"{status} \(No: because\)") as caught:
             await client.score(IMAGES)
     assert caught.value.status == status
-    assert caught.value.problem.index == 2
-    assert len(sent) == 1
+    assert caught.value.problem.type == "urn:reward:x"
+    assert caught.value.index == caught.value.problem.index == 2
+    assert len(service.posts) == 1
 
 
-async def test_attempts_are_finite() -> None:
-    """A service that stays away is reported with its last word."""
-
-    def on_score(_: httpx.Request) -> httpx.Response:
-        raise httpx.ConnectError("refused")
-
-    async with RewardClient(URL, transport=service(on_score), attempts=3) as client:
-        with pytest.raises(RewardUnavailable, match=r"after 3 attempts \(ConnectError: refused\)"):
-            await client.score(IMAGES)
-
-
-async def test_retry_after_is_honoured() -> None:
-    """The second attempt comes no earlier than the service asks."""
-    with stamina.set_testing(False):
-        answers = iter([problem(429, **{"Retry-After": "1"}), httpx.Response(200, json=answer([1, 2, 3]))])
-        started_s = time.monotonic()
-        async with RewardClient(URL, transport=service(lambda _: next(answers))) as client:
-            await client.score(IMAGES)
-        assert time.monotonic() - started_s >= 1.0
+async def test_a_refusal_may_name_no_image() -> None:
+    """Nor is a position outside the request taken for one."""
+    for index in (None, 3):
+        service = FakeService(lambda _, index=index: problem(422, index=index))  # type: ignore[misc]
+        async with RewardClient(URL, transport=service.transport) as client:
+            with pytest.raises(RewardRefused) as caught:
+                await client.score(IMAGES)
+        assert caught.value.index is None
 
 
-async def test_a_full_queue_does_not_use_up_the_attempts() -> None:
-    """Coming back when a busy service says so is no failure; only the deadline bounds it."""
-    calls = 0
-
-    def on_score(_: httpx.Request) -> httpx.Response:
-        nonlocal calls
-        calls += 1
-        if calls <= 6:
-            return httpx.Response(429, headers={"Retry-After": "0"}, json={"title": "queue full"})
-        return httpx.Response(200, json=answer([0.1, 0.2, 0.3]))
-
-    with stamina.set_testing(False):
-        async with RewardClient(URL, transport=service(on_score), attempts=2) as client:
-            result = await client.score(IMAGES, deadline_s=30)
-    assert result.scores.tolist() == [0.1, 0.2, 0.3]
-    assert calls == 7
-
-
-async def test_the_deadline_bounds_all_attempts() -> None:
-    """A service that asks for an hour's patience does not get it."""
-    with stamina.set_testing(False):
-        started_s = time.monotonic()
-        async with RewardClient(URL, transport=service(lambda _: problem(429, **{"Retry-After": "3600"}))) as client:
-            with pytest.raises(RewardDeadlineExceeded, match="429"):
-                await client.score(IMAGES, deadline_s=0.2)
-        assert time.monotonic() - started_s < 5.0
-
-
-async def test_a_large_batch_is_sent_in_pieces_and_keeps_its_order() -> None:
-    """Pieces respect the service's limit; their scores are laid end to end."""
-    sizes = []
-
-    def on_score(request: httpx.Request) -> httpx.Response:
-        images = decode_batch(request.content, Limits()).images_HWC
-        sizes.append(len(images))
-        return httpx.Response(200, json=answer([float(image[0, 0, 0]) for image in images]))
-
-    images_BHWC = random_images(10, 4, 4, 3)
-    images_BHWC[:, 0, 0, 0] = range(10)
-    limits = {"max_images": 4, "max_body_bytes": 10**6, "max_pixels": 10**6, "max_prompt_chars": 100}
-    async with RewardClient(URL, transport=service(on_score, limits=limits)) as client:
-        result = await client.score(images_BHWC, [str(n) for n in range(10)])
-    assert result.scores.tolist() == list(range(10))
-    assert sorted(sizes) == [2, 4, 4]
-
-
-async def test_pieces_scored_by_two_versions_are_refused() -> None:
-    """One answer, one model."""
-    versions = iter(["1", "2"])
-    limits = {"max_images": 2, "max_body_bytes": 10**6, "max_pixels": 10**6, "max_prompt_chars": 100}
-
-    def on_score(request: httpx.Request) -> httpx.Response:
-        count = len(decode_batch(request.content, Limits()).images_HWC)
-        return httpx.Response(200, json=answer([0.0] * count, version=next(versions)))
-
-    async with RewardClient(URL, transport=service(on_score, limits=limits)) as client:
-        with pytest.raises(RewardAnswerInvalid, match="mixed the models"):
-            await client.score(IMAGES)
-
-
-async def test_an_error_of_one_piece_is_raised_as_itself() -> None:
-    """Not as a group of errors."""
-    limits = {"max_images": 1, "max_body_bytes": 10**6, "max_pixels": 10**6, "max_prompt_chars": 100}
-    async with RewardClient(URL, transport=service(lambda _: problem(422), limits=limits)) as client:
-        with pytest.raises(RewardRefused):
-            await client.score(IMAGES)
+@pytest.mark.parametrize("kind", [RewardUnavailable, RewardRefused, RewardAnswerInvalid])
+def test_an_error_crosses_processes_whole(kind: type[RewardError]) -> None:
+    """With message and attributes."""
+    error = kind("why", status=422, problem=Problem(detail="because"), index=7)
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - its own
+    assert type(copy) is kind
+    assert (str(copy), copy.status, copy.problem, copy.index) == ("why", 422, Problem(detail="because"), 7)
 
 
 async def test_a_service_without_safetensors_gets_json() -> None:
     """The body is chosen by what `/info` accepts."""
+    service = FakeService(told=info(bodies=[protocol.MEDIA_JSON]))
+    async with RewardClient(URL, transport=service.transport) as client:
+        await client.score(IMAGES, ["a", "b", "c"])
+    (request,) = service.posts
+    assert request.headers["content-type"] == protocol.MEDIA_JSON
+    batch = decode_json(request.content, Limits())
+    assert np.array_equal(np.stack(list(batch.images_HWC)), IMAGES)
+    assert batch.prompts == ["a", "b", "c"]
 
-    def on_score(request: httpx.Request) -> httpx.Response:
-        assert request.headers["content-type"] == protocol.MEDIA_JSON
-        batch = decode_json(request.content, Limits())
-        assert np.array_equal(np.stack(list(batch.images_HWC)), IMAGES)
-        return httpx.Response(200, json=answer([1, 2, 3]))
 
-    async with RewardClient(URL, transport=service(on_score, bodies=[protocol.MEDIA_JSON])) as client:
-        await client.score(IMAGES)
+async def test_a_service_with_no_body_in_common_is_sent_nothing() -> None:
+    """The error says what each side knows."""
+    service = FakeService(told=info(bodies=["image/tiff"]))
+    async with RewardClient(URL, transport=service.transport) as client:
+        with pytest.raises(
+            RewardAnswerInvalid, match="accepts image/tiff, this client sends application/x-safetensors"
+        ):
+            await client.score(IMAGES)
+    assert not service.posts
 
 
 async def test_waiting_for_readiness_ends_with_it_or_says_what_was_missing() -> None:
@@ -257,8 +171,9 @@ async def test_waiting_for_readiness_ends_with_it_or_says_what_was_missing() -> 
     async with RewardClient(URL, transport=httpx.MockTransport(lambda _: next(answers))) as client:
         await client.wait_ready(10)
     async with RewardClient(URL, transport=httpx.MockTransport(lambda _: problem(503))) as client:
-        with pytest.raises(RewardUnavailable, match=r"not ready after 0.2 s \(503 \(No: because\)\)"):
+        with pytest.raises(RewardUnavailable, match=r"not ready after 0.2 s \(503 \(No: because\)\)") as caught:
             await client.wait_ready(0.2)
+    assert caught.value.status == 503
 
 
 async def test_a_service_that_is_down_is_named() -> None:
@@ -266,21 +181,48 @@ async def test_a_service_that_is_down_is_named() -> None:
     async with RewardClient("http://127.0.0.1:9") as client:
         with pytest.raises(RewardUnavailable, match=r"127\.0\.0\.1:9 is not ready .* start the service"):
             await client.wait_ready(0.3)
-        with pytest.raises(RewardUnavailable, match=r"127\.0\.0\.1:9 is not available"):
+        with pytest.raises(RewardUnavailable, match=r"127\.0\.0\.1:9 is not available") as caught:
             await client.score(IMAGES)
+    assert caught.value.status is None
 
 
-@pytest.mark.parametrize("url", ["reward:80", "ftp://reward", "", "/score"])
+@pytest.mark.parametrize(
+    "url", ["reward:80", "ftp://reward", "", "/score", "http://[::1", "http://r/?a=b", "http://r#a"]
+)
 def test_a_url_that_is_none_is_refused(url: str) -> None:
     """Before anything is sent."""
     with pytest.raises(ValueError, match="reward URL is"):
         RewardClient(url)
 
 
+def test_secrets_are_not_repeated_in_errors() -> None:
+    """Neither a password within the URL nor a token that no header carries."""
+    with pytest.raises(ValueError, match="give a token instead") as caught:
+        RewardClient("http://user:hidden@reward")
+    assert "hidden" not in str(caught.value)
+    for token in ("hid den", "hidden\n", "hiddén"):
+        with pytest.raises(ValueError, match="visible ASCII") as caught:
+            RewardClient(URL, token=token)
+        assert token.strip() not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"timeout_s": 0.0}, {"timeout_s": float("inf")}, {"attempts": 0}, {"concurrency": 0}]
+)
+def test_arguments_out_of_range_are_refused(arguments: dict[str, float]) -> None:
+    """Waits and attempts are finite."""
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))}.* must be|both must be"):
+        RewardClient(URL, **arguments)  # type: ignore[arg-type]
+
+
 async def test_images_that_are_none_are_refused_before_anything_is_sent() -> None:
     """The caller's mistake is a `ValueError`."""
-    async with RewardClient(URL, transport=httpx.MockTransport(lambda _: problem(500))) as client:
+    service = FakeService()
+    async with RewardClient(URL, transport=service.transport) as client:
         with pytest.raises(ValueError, match="expected uint8"):
             await client.score(IMAGES.astype(np.float32))  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="must be positive"):
-            await client.score(IMAGES, deadline_s=0)
+        for deadline_s in (0, -1, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match="must be positive and finite"):
+                await client.score(IMAGES, deadline_s=deadline_s)
+    assert service.infos == 0
+    assert not service.posts
