@@ -10,10 +10,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.shellblocks import shell_lines
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-BLOCKS = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
-LINES = [line for block in BLOCKS for line in block.splitlines() if line.strip() and not line.startswith("make ")]
+LINES = [line for line in shell_lines(ROOT / "README.md") if not line.startswith("make ")]
 
 
 @pytest.mark.redis

@@ -18,12 +18,7 @@ from redis.exceptions import RedisError
 
 from services.batching import lua
 from services.batching.answers import Answers
-from services.batching.errors import DeadlinePassed as DeadlinePassed
-from services.batching.errors import KeyReused as KeyReused
-from services.batching.errors import QueueAway as QueueAway
-from services.batching.errors import QueueError as QueueError
-from services.batching.errors import QueueFull as QueueFull
-from services.batching.errors import ScoringFailed as ScoringFailed
+from services.batching.errors import DeadlinePassed, QueueAway, QueueFull, ScoringFailed
 from services.batching.streams import GROUP, KEY_TTL_MS, QUEUE_GONE, Keys, Reply, end, tidy
 from services.batching.survey import Events, Survey
 from services.images import Batch, encode_batch

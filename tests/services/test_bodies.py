@@ -168,6 +168,17 @@ async def test_a_silent_upload_is_ended(first: int) -> None:
 
 
 @pytest.mark.anyio
+async def test_a_slow_upload_that_never_pauses_long_is_read() -> None:
+    """What counts is the longest silence, not the time of the whole upload."""
+    impatient = SETTINGS.model_copy(update={"upload_stall_s": 0.4})
+    started_s = time.monotonic()
+    async with serving(FakeQueue(), impatient) as client:
+        answer = await client.post("/score", content=pieces(BODY, 10, pause_s=0.03), headers=announced(len(BODY)))
+    assert answer.status_code == 200
+    assert time.monotonic() - started_s > impatient.upload_stall_s
+
+
+@pytest.mark.anyio
 async def test_an_upload_that_drips_is_ended_by_its_deadline() -> None:
     """No pause is long, but all together are."""
     headers = {**announced(len(BODY)), protocol.HEADER_DEADLINE_MS: "200"}

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.shellblocks import blocks
 PAGE = ROOT / "docs" / "contract.md"
 TEXT = PAGE.read_text("utf-8")
 ADDRESS = "http://127.0.0.1:8000"
+SERVE = ("serve", "brightness", "--port", "0", "--announce", "--until-stdin-closes")
 Start = Callable[..., Process]
 
 
@@ -101,6 +103,26 @@ def test_a_repeat_over_the_wire_brings_the_first_answer_back(url: str) -> None:
     assert protocol.HEADER_IDEMPOTENCY_REPLAYED not in first.headers
     other = post(encode_batch(images_BHWC[::-1]), protocol.MEDIA_SAFETENSORS)
     assert (other.status_code, other.json()["type"]) == (422, "urn:reward:idempotency-key-reused")
+
+
+@pytest.mark.redis
+def test_a_silent_upload_is_ended_over_the_wire(start: Start) -> None:
+    """408 with its problem, and the connection is closed; a request that comes byte by byte is answered meanwhile."""
+    address = httpx.URL(start(*SERVE, REWARD_UPLOAD_STALL_S="0.5").url())
+    body = encode_batch(random_images(1, 4, 4, 3))
+    head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: {protocol.MEDIA_SAFETENSORS}\r\nContent-Length: "
+    with (
+        socket.create_connection((address.host, address.port), timeout=20) as silent,
+        socket.create_connection((address.host, address.port), timeout=20) as slow,
+    ):
+        silent.sendall(f"{head}{64 * 2**20}\r\n\r\nabc".encode())
+        slow.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in f"{head}{len(body)}\r\nConnection: close\r\n\r\n".encode() + body:
+            slow.send(bytes([byte]))
+        assert b"".join(iter(lambda: slow.recv(4096), b"")).startswith(b"HTTP/1.1 200 ")
+        answer = b"".join(iter(lambda: silent.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"after 3 bytes" in answer
 
 
 def test_every_kind_of_problem_stands_in_the_table() -> None:

@@ -240,6 +240,7 @@ TREATMENTS = {
     "CMYK": [
         (picture(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG"), (255, 255, 255)),
         (picture(Image.new("CMYK", (8, 8), (255, 0, 0, 100)), "JPEG"), (0, 155, 155)),
+        (picture(Image.new("CMYK", (8, 8), (100, 0, 51, 100)), "JPEG", quality=100), (94, 155, 124)),
     ],
     "16-bit grey": [(png(16, 0, 0x80FF), (0x80,) * 3), (png(16, 4, 0x80FF, 0xFFFF), (0x80,) * 3)],
     "16-bit RGB": [
@@ -254,7 +255,8 @@ TREATMENTS = {
     "colour profile": [
         (picture(Image.new("RGB", (8, 8), (10, 20, 30)), kind, icc_profile=PROFILE, **options), (10, 20, 30))
         for kind, options in (("PNG", {}), ("WEBP", {"lossless": True}))
-    ],
+    ]
+    + [(png(8, 2, 10, 20, 30, extra=png_chunk(b"gAMA", struct.pack(">I", 100_000))), (10, 20, 30))],
     "several pictures in a JPEG (MPO)": [
         (
             picture(Image.new("L", (8, 8), 50), "MPO", save_all=True, append_images=[Image.new("L", (8, 8), 200)]),
@@ -311,6 +313,14 @@ def test_the_table_of_treatments_is_tested_row_by_row() -> None:
     rows = re.findall(r"^\| ([^|]+?) \| [^|]+ \|$", table, flags=re.MULTILINE)[1:]
     tested = {*TREATMENTS, "EXIF rotation", "pictures of several sizes", "animation", "not whole", "too many pixels"}
     assert set(rows) == {*tested, "anything else"}
+
+
+def test_an_animation_of_one_frame_is_a_picture() -> None:
+    """What counts is how many frames there are, not that the file could hold more."""
+    frame = struct.pack(">IIIIIHHBB", 0, 1, 1, 0, 0, 1, 1, 0, 0)
+    extra = png_chunk(b"acTL", struct.pack(">II", 1, 0)) + png_chunk(b"fcTL", frame)
+    (image_HWC,) = decode_json(json_body(png(8, 2, 1, 2, 3, extra=extra)), LIMITS).images_HWC
+    assert image_HWC.tolist() == [[[1, 2, 3]]]
 
 
 def test_pictures_of_several_sizes_keep_their_sizes() -> None:
