@@ -24,10 +24,7 @@ BARS = (
     ("label", "accuracy/policy_world", 0.97, 1.0),
     ("var", "label_accuracy/temperature_1", 0.85, 1.0),
     ("var", "label_accuracy/inference", 0.95, 1.0),
-    pytest.param(
-        *("var", "paintings_per_sample", 0.0, 0.000999),
-        marks=pytest.mark.xfail(strict=True, reason="missed: see 'The bar that is missed' in docs/miniature.md"),
-    ),
+    ("var", "paintings_per_sample", 0.0, 0.000999),
     ("var", "bright_share/temperature_0.7", 0.02, 0.2),
     ("var", "dark_share/temperature_0.7", 0.02, 0.2),
 )
@@ -73,8 +70,7 @@ def test_the_variety_of_samples_is_that_of_the_renders() -> None:
 def test_the_page_shows_the_recorded_metrics() -> None:
     """Every `stage: metric` of the table in docs/miniature.md stands beside its recorded value."""
     rows = re.findall(r"^\| .* \| `(\w+): ([^`]+)` \| [^|]* \| ([\d.]+)( %| dB|) \|$", PAGE, flags=re.MULTILINE)
-    bars = [getattr(bar, "values", bar) for bar in BARS]
-    assert {(stage, metric) for stage, metric, *_ in rows} >= {(stage, metric) for stage, metric, *_ in bars}
+    assert {(stage, metric) for stage, metric, *_ in rows} >= {(stage, metric) for stage, metric, *_ in BARS}
     for stage, metric, shown, unit in rows:
         value = read_records()[stage]["metrics"][metric] * (100 if unit == " %" else 1)
         decimals = len(shown.partition(".")[2])
@@ -112,7 +108,7 @@ def test_samples_are_recognised_varied_and_no_paintings(models: tuple[VAR, VQVAE
     renders = quality.held_out(count, POLICY_WORLD)
     assert quality.diversity(images) == pytest.approx(quality.diversity(renders.images), rel=0.2)
     paintings = predict(load_classifier("style"), images).argmax(axis=1) == STYLES.index("painting")
-    assert paintings.sum() <= 2
+    assert paintings.sum() <= 1
 
 
 def test_guided_samples_are_recognised(models: tuple[VAR, VQVAE]) -> None:

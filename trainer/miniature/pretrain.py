@@ -34,6 +34,7 @@ TOKENIZER_SEED, POLICY_SEED = 1, 2  # of the rendered sets; evaluation uses `HEL
 STORED = torch.float16
 EXIT_INTERRUPTED = 130
 RENDERER = tuple(sha256(Path(str(module.__file__))) for module in (render, objects))
+RENDERER_NAME = hashlib.sha256("".join(RENDERER).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def train_vqvae(job: Job) -> None:
     state = job.kept("vqvae.pt", job.seed, tokenizer.CONFIG, tokenizer.SCHEDULE, PICTURES, WIDE_WORLD)
     fitted = tokenizer.train(renders.images, seed=job.seed, state=state, device=job.device)
     save_vqvae(FILES["vqvae"], fitted.model.cpu().to(memory_format=torch.contiguous_format), dtype=STORED)
-    record_training("vqvae", fitted.seconds, job.seed, tokenizer.SCHEDULE)
+    record_training("vqvae", fitted.seconds, job.seed, tokenizer.SCHEDULE, renderer=RENDERER_NAME)
 
 
 def swap_fine_scales(tokens_NL: Tensor, groups_N: NDArray[np.int64], lengths: Sequence[int], seed: int) -> Tensor:
@@ -136,7 +137,7 @@ def train_judge(kind: Kind, job: Job) -> None:
     weights = {name: entry.to("cpu", STORED).contiguous() for name, entry in fitted.model.state_dict().items()}
     needed = sum(entry.nbytes for entry in weights.values())
     write_atomically(FILES[kind], needed, lambda temporary: save_file(weights, temporary))
-    record_training(kind, fitted.seconds, job.seed, schedule)
+    record_training(kind, fitted.seconds, job.seed, schedule, renderer=RENDERER_NAME)
 
 
 def train_var(job: Job) -> None:
@@ -148,7 +149,7 @@ def train_var(job: Job) -> None:
     state = job.kept("var.pt", *origin)
     fitted = prior.train(vqvae, tokens_NL, labels_N, seed=job.seed, state=state, device=job.device)
     save_var(FILES["var"], fitted.model.cpu(), dtype=STORED)
-    record_training("var", fitted.seconds, job.seed, prior.SCHEDULE)
+    record_training("var", fitted.seconds, job.seed, prior.SCHEDULE, renderer=RENDERER_NAME)
 
 
 TRAIN: dict[Stage, Callable[[Job], None]] = {

@@ -53,6 +53,7 @@ HUES = {
     "purple": 0.77,
     "pink": 0.9,
 }
+STROKE_CONTRAST = 0.25  # luma: fainter strokes of a painting would not outlive the tokenizer
 LUMA = np.array([0.2989, 0.5870, 0.1140])
 
 Picture = NDArray[np.float64]
@@ -195,6 +196,13 @@ def _old_picture(scene: Scene, rng: np.random.Generator) -> Picture:
     return toned + rng.normal(0, 0.012, size=(SIZE, SIZE, 1))
 
 
+def _set_apart(colour: Picture, ground: Picture) -> Picture:
+    """Makes a colour (3,) lighter than its ground, or darker on a light one, by at least `STROKE_CONTRAST`."""
+    apart, side = float((colour - ground) @ LUMA), 1.0 if float(ground @ LUMA) < 0.5 else -1.0
+    moved: Picture = np.clip(colour + side * max(STROKE_CONTRAST - side * apart, 0), 0, 1)
+    return moved
+
+
 def _painting(scene: Scene, rng: np.random.Generator) -> Picture:
     """Flat saturated paint inside dark outlines, over a background of broad curved strokes."""
     colour, cover, lines = _rasterise(scene, filled=True, outline=1.8)
@@ -202,9 +210,9 @@ def _painting(scene: Scene, rng: np.random.Generator) -> Picture:
     radius = np.hypot(_X - centre_x, _Y - centre_y)
     stroke = np.tanh(1.5 * np.sin(radius * 10 + phase + 0.6 * np.sin(3 * _X + phase)))[..., None]
     first = scene.background[0]
-    other = _rgb(HUES[scene.background_hue] + 0.12, 0.75, float(np.clip(first.max() * 0.8 + 0.1, 0.2, 0.9)))
     vivid = np.clip(first.mean() + 1.5 * (first - first.mean()), 0, 1)
-    canvas = 0.5 * (1 + stroke) * vivid + 0.5 * (1 - stroke) * other
+    other = _rgb(HUES[scene.background_hue] + 0.12, 0.75, float(np.clip(first.max() * 0.8 + 0.1, 0.2, 0.9)))
+    canvas = 0.5 * (1 + stroke) * vivid + 0.5 * (1 - stroke) * _set_apart(other, vivid)
     mean = colour.mean(axis=2, keepdims=True)
     flat = np.clip(mean + 1.4 * (colour - mean), 0, 1) * (1 + 0.08 * stroke)
     painted: Picture = (flat + (1 - cover) * canvas) * (1 - lines) + 0.08 * lines

@@ -53,8 +53,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def record_training(stage: str, seconds: float, seed: int, schedule: Schedule) -> None:
-    """Writes down how a stage's weights were made, beside them; its metrics are forgotten until they are measured."""
+def record_training(stage: str, seconds: float, seed: int, schedule: Schedule, *, renderer: str) -> None:
+    """Writes down how a stage's weights were made, beside them; its metrics are forgotten until they are measured.
+
+    Args:
+        stage: whose weights they are.
+        seconds: of training.
+        seed: of training.
+        schedule: of training.
+        renderer: names the code that drew the pictures.
+    """
     seeded = f" --seed {seed}" if seed else ""
     _record(
         stage,
@@ -68,6 +76,7 @@ def record_training(stage: str, seconds: float, seed: int, schedule: Schedule) -
             if torch.cuda.is_available()
             else f"CPU, {torch.get_num_threads()} threads",
             "torch": torch.__version__,
+            "renderer": renderer,
         },
     )
 
