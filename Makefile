@@ -5,16 +5,21 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export PYTHONUNBUFFERED := 1
 
-.PHONY: run test test-slow lint format lock clean
+.PHONY: run test test-slow drill lint format lock clean
 
 run: $(VENV)/.ready
 	$(BIN)/python -m trainer.run
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -m "not slow and not drill and not gpu"
 
 test-slow: $(VENV)/.ready
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(BIN)/python -m pytest -q -m "(slow or drill) and not gpu"
+
+# The long form of what tests/drills and tests/fuzz do in a minute each; about a quarter of an hour.
+drill: $(VENV)/.ready
+	$(BIN)/python -m tests.drills --kills 100
+	$(BIN)/python -m tests.fuzz --requests 100000
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

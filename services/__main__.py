@@ -1,4 +1,4 @@
-"""`python -m services serve|api|worker|dead NAME`: run reward services, and look after them.
+"""`python -m services serve|api|worker|dead|list`: run reward services, and look after them.
 
 Only what the chosen role needs is imported, so that `serve` has its children loading at once.
 """
@@ -49,6 +49,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     dead = roles.add_parser("dead", parents=[common], help="show the jobs that no worker answered")
     dead.add_argument("name", metavar="NAME")
     dead.add_argument("--json", action="store_true", help="one JSON object a line")
+    known = roles.add_parser("list", help="show the rewards that can be served by name")
+    known.set_defaults(announce=False, parent=None)
     return parser.parse_args(arguments)
 
 
@@ -61,6 +63,8 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError, RuntimeError: it cannot run; the message is one line with value, limit and remedy.
     """
+    if options.role == "list":
+        return _list_rewards()
     from services.logs import start_logging  # noqa: PLC0415 - see the module
     from services.rewards import check_names  # noqa: PLC0415
     from services.settings import load_settings  # noqa: PLC0415
@@ -85,7 +89,10 @@ def run(options: argparse.Namespace) -> int:
             )
         )
     if redis_url is None:
-        raise StartError("REDIS_URL is not set: set it, or use `serve`, which starts a Redis of its own")
+        remedy = (
+            "to the address that `serve` logs" if options.role == "dead" else "or use `serve`, which brings a Redis"
+        )
+        raise StartError(f"REDIS_URL is not set: set it, {remedy}")
     if options.role == "dead":
         from services.roles.dead import show_dead  # noqa: PLC0415
 
@@ -98,6 +105,19 @@ def run(options: argparse.Namespace) -> int:
 
     with bind(options.host, options.port) if options.fd is None else inherit(options.fd) as listener:
         return run_api(options.name, listener, redis_url, settings, announces=options.announce)
+
+
+def _list_rewards() -> int:
+    """Print name, origin and class of each known reward, a line each; none is imported."""
+    from services.rewards import known_rewards  # noqa: PLC0415 - see the module
+
+    rewards = known_rewards()
+    name_width, origin_width = (
+        max(len(getattr(reward, column)) for reward in rewards) for column in ("name", "origin")
+    )
+    for reward in rewards:
+        print(f"{reward.name:<{name_width}}  {reward.origin:<{origin_width}}  {reward.target}")
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,6 +33,7 @@ class Child:
             fd: a descriptor that it inherits.
         """
         self.role = role
+        self.name = name
         self.label = f"{role} {name}"
         self.is_ready = asyncio.Event()
         self._command = [sys.executable, "-m", "services", role, name, "--announce", "--parent", str(os.getpid())]
@@ -40,6 +41,7 @@ class Child:
         self._environment = environment
         self._fd = fd
         self._process: asyncio.subprocess.Process | None = None
+        self.serves: str | None = None
         self._error: str | None = None
         self._deaths: list[float] = []
 
@@ -80,6 +82,7 @@ class Child:
             if "error" in message:
                 self._error = str(message["error"])
             elif message:
+                self.serves = message.get("serves")
                 self.is_ready.set()
 
     async def _pause(self, how: str) -> None:

@@ -192,6 +192,13 @@ def decode_json(body: bytes | bytearray, limits: Limits) -> Batch:
     Raises:
         BodyMalformed, BodyTooLarge, ItemInvalid: see the module.
     """
+    most_quotes = (
+        4 * limits.max_images + limits.max_images * limits.max_prompt_chars + 8
+    )  # one may be in each character
+    if (
+        quotes := body.count(b'"')
+    ) > most_quotes:  # before parsing: millions of short strings take ten times their size
+        raise BodyTooLarge(f"{quotes} quotation marks, limit {most_quotes}: send fewer images or shorter prompts")
     try:
         request = ScoreRequest.model_validate_json(body)
     except ValidationError as error:

@@ -5,8 +5,9 @@ Every variable begins with `REWARD_`, but for `REDIS_URL`, which others share.
 
 import os
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, model_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.protocol import Limits
@@ -38,7 +39,7 @@ class Settings(BaseSettings):
     max_pixels: int = Field(default=2048 * 2048, ge=1, description="width times height of one image")
     max_prompt_chars: int = Field(default=1000, ge=1, description="characters of one prompt")
     max_deadline_s: float = Field(default=600, gt=0, description="longest deadline that a request is given")
-    default_deadline_s: float = Field(default=60, gt=0, description="deadline of a request that names none")
+    default_deadline_s: float = Field(default=120, gt=0, description="deadline of a request that names none")
 
     upload_stall_s: float = Field(default=10, gt=0, description="silence in an upload after which it is ended")
     answer_ttl_s: float = Field(
@@ -55,7 +56,7 @@ class Settings(BaseSettings):
     max_wait_ms: float = Field(default=3, ge=0, description="how long the first job of a batch waits for others")
     lease_ms: int = Field(default=15_000, ge=100, description="silence after which a worker's jobs are taken over")
     max_deliveries: int = Field(default=3, ge=1, description="deliveries without a reply that make a dead letter")
-    score_timeout_s: float = Field(default=120, gt=0, description="longest forward pass; then the worker ends itself")
+    score_timeout_s: float = Field(default=30, gt=0, description="longest forward pass; then the worker ends itself")
 
     log_format: Literal["text", "json"] = Field(default="text", description="of the log: for people or for machines")
 
@@ -68,6 +69,22 @@ class Settings(BaseSettings):
             max_pixels=self.max_pixels,
             max_prompt_chars=self.max_prompt_chars,
         )
+
+    @property
+    def images_per_job(self) -> int:
+        """Images in one job: no more than one forward pass may hold."""
+        return min(self.job_images, self.max_batch)
+
+    @field_validator("redis_url")
+    @classmethod
+    def _has_host_and_port(cls, url: str | None) -> str | None:
+        """Found here, for the client's own error would show a part of the password."""
+        try:
+            if url is not None:
+                _ = urlsplit(url).port
+        except ValueError:
+            raise ValueError("it names no HOST:PORT; percent-encode / # ? @ in its password") from None
+        return url
 
     @model_validator(mode="after")
     def _request_fits_queue(self) -> Self:

@@ -126,7 +126,8 @@ async def _until_stopped(
         if not done:
             raise StartError(f"the services were not ready after {START_S:g} s: see the log")
         if done == {ready}:
-            logger.info("ready: %s", urls)
+            _refuse_twins(children)
+            logger.info("ready: %s, queue at %s", urls, redis.url if redis else "REDIS_URL")
             if announces:
                 announce({"rewards": urls})
             done, _ = await asyncio.wait(tasks - {ready}, return_when=asyncio.FIRST_COMPLETED)
@@ -137,6 +138,21 @@ async def _until_stopped(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _refuse_twins(children: Sequence[Child]) -> None:
+    """Two rewards that name themselves alike would share a queue, and answer for each other.
+
+    Raises:
+        StartError: there are such.
+    """
+    names: dict[str, str] = {}
+    for child in children:
+        if child.serves is not None and names.setdefault(child.serves, child.name) != child.name:
+            raise StartError(
+                f"{names[child.serves]} and {child.name} both call themselves {child.serves}: "
+                "give one of them another name or version"
+            )
 
 
 async def _all_ready(children: Sequence[Child]) -> None:

@@ -68,7 +68,10 @@ class Answers:
         gives_up_s, poll_s = now_s() + deadline_s, FIRST_POLL_S
         while True:
             try:
-                state, *rest = await self._claim(keys=[slot], args=[owner, digest, self._lease_ms])
+                async with asyncio.timeout_at(gives_up_s):
+                    state, *rest = await self._claim(keys=[slot], args=[owner, digest, self._lease_ms])
+            except TimeoutError:
+                raise DeadlinePassed(f"Redis did not answer within the deadline of {deadline_s:.3g} s") from None
             except (RedisError, OSError) as error:
                 raise QueueAway.of(error) from error
             if state == b"other":

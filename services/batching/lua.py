@@ -195,8 +195,9 @@ redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
 TIDY = (
     _PRELUDE
     + """
--- KEYS jobs uploads load events; ARGV group ttl_ms overdue_ms payload_prefix: drops the jobs that nobody waits for,
--- because their API is dead or their deadline is long past, and counts the load anew.
+-- KEYS jobs uploads load events; ARGV group ttl_ms overdue_ms payload_prefix forget_ms stream_ttl_ms: drops the jobs
+-- that nobody waits for, because their API is dead or their deadline is long past, strikes off workers that are long
+-- gone, and counts the load anew.
 local now, dropped = now_ms(), 0
 for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+')) do
   local fields = table_of(entry[2])
@@ -211,6 +212,16 @@ for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+')) do
   end
 end
 count(KEYS[4], 'dropped', dropped)
+local consumers = redis.pcall('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])
+if not consumers.err then
+  for _, consumer in ipairs(consumers) do
+    local fields = table_of(consumer)
+    if fields.pending == 0 and fields.idle > tonumber(ARGV[5]) then
+      redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], fields.name)
+    end
+  end
+end
+redis.call('PEXPIRE', KEYS[1], ARGV[6])
 recount(KEYS[1], KEYS[2], KEYS[3], ARGV[2])
 """
 )

@@ -27,6 +27,10 @@ KEY_TTL_MS = 3_600_000
 REPLY_TTL_MS = 600_000
 OVERDUE_MS = 1000
 """How long after its deadline a job is dropped by whoever tidies up; until then its API does it."""
+FORGET_MS = 600_000
+"""Silence after which a worker without jobs is struck off the group."""
+STREAM_TTL_MS = 7 * 24 * 3_600_000
+"""How long the stream of a version that nobody runs any more is kept."""
 DEAD_TTL_MS = 7 * 24 * 3_600_000
 
 QUEUE_GONE = (ConnectionError, TimeoutError, BusyLoadingError, OSError)
@@ -52,6 +56,12 @@ def connect(url: str, *, timeout_s: float) -> "Redis":
         retry=Retry(NoBackoff(), 0),
     )
     return Redis.from_pool(pool)
+
+
+async def say_alive(redis: "Redis", key: str, ttl_ms: int) -> None:
+    """Keep a sign of life; a Redis that is full lets one be prolonged, but not made."""
+    if not await redis.pexpire(key, ttl_ms):
+        await redis.set(key, "1", px=ttl_ms)
 
 
 async def end(task: asyncio.Task[None]) -> None:
@@ -171,7 +181,8 @@ class Reply:
     def from_fields(cls, fields: Mapping[bytes, bytes]) -> tuple[str, "Reply"]:
         """The inverse of `to_fields`: the job's uid and its reply."""
         body = json.loads(fields[b"body"])
-        return fields[b"uid"].decode(), cls(**{**body, "scores": tuple(body["scores"])})
+        known = {name: body[name] for name in cls.__slots__ if name in body}  # a newer worker may say more
+        return fields[b"uid"].decode(), cls(**{**known, "scores": tuple(body["scores"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +202,7 @@ async def tidy(script: AsyncScript, keys: Keys) -> None:
     """Run `lua.TIDY` on a queue; both sides of it do."""
     await script(
         keys=[keys.jobs, keys.uploads, keys.load, keys.events],
-        args=[GROUP, KEY_TTL_MS, OVERDUE_MS, keys.payload("")],
+        args=[GROUP, KEY_TTL_MS, OVERDUE_MS, keys.payload(""), FORGET_MS, STREAM_TTL_MS],
     )
 
 
@@ -223,8 +234,15 @@ class WorkQueue:
         try:
             await self._redis.xgroup_create(self._keys.jobs, GROUP, id="0", mkstream=True)
         except ResponseError as error:
-            if not str(error).startswith("BUSYGROUP"):
+            if not str(error).startswith("BUSYGROUP") and not await self._has_group():  # a full Redis says only that
                 raise
+
+    async def _has_group(self) -> bool:
+        try:
+            groups: Any = await self._redis.xinfo_groups(self._keys.jobs)
+        except ResponseError:
+            return False
+        return any(group["name"] == GROUP.encode() for group in groups)
 
     async def read(self, count: int, *, block_ms: int | None) -> list[Delivery]:
         """Take up to `count` new jobs.
@@ -286,7 +304,7 @@ class WorkQueue:
 
     async def keep_alive(self) -> None:
         """Say that a warm worker lives, for one lease."""
-        await self._redis.set(self._keys.alive, self._consumer, px=self._lease_ms)
+        await say_alive(self._redis, self._keys.alive, self._lease_ms)
 
     async def drop(self, delivery: Delivery) -> None:
         """Remove a job that nobody waits for."""

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 from services.batching import lua
 from services.batching.answers import Answers
 from services.batching.errors import DeadlinePassed, QueueAway, QueueFull, ScoringFailed
-from services.batching.streams import GROUP, KEY_TTL_MS, QUEUE_GONE, Keys, Reply, end, tidy
+from services.batching.streams import GROUP, KEY_TTL_MS, QUEUE_GONE, Keys, Reply, end, say_alive, tidy
 from services.batching.survey import Events, Survey
 from services.images import Batch, encode_batch
 
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 READ_BLOCK_MS = 1000
 RECONNECT_S = 0.1
+CLEAN_UP_S = 0.5
+"""How long a request waits for its own cleaning up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class _Submitted:
         gives_up_s: its deadline, by the clock of the event loop.
         reply: what is awaited.
         entry: id of its entry in the stream; None until it is there.
+        is_sent: whether Redis may hold anything of it.
         lost: whether a worker has said that Redis lost its images.
     """
 
@@ -62,6 +65,7 @@ class _Submitted:
     gives_up_s: float
     reply: asyncio.Future[Reply]
     entry: bytes | None = None
+    is_sent: bool = False
     lost: bool = False
 
     @property
@@ -137,6 +141,7 @@ class SubmitQueue:
         self._submitted: dict[str, _Submitted] = {}
         self._look_now = asyncio.Event()
         self._away: str | None = None
+        self._cleaning: set[asyncio.Task[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._admit = redis.register_script(lua.ADMIT)
         self._withdraw = redis.register_script(lua.WITHDRAW)
@@ -152,7 +157,7 @@ class SubmitQueue:
 
     async def __aexit__(self, *_: object) -> None:
         """Stop listening and remove the reply stream."""
-        for task in self._tasks:
+        for task in (*self._tasks, *self._cleaning):
             await end(task)
         with contextlib.suppress(RedisError, OSError):
             await self._redis.delete(self._reply_key, self._reply_key + lua.ALIVE)
@@ -221,8 +226,8 @@ class SubmitQueue:
         finally:
             for job in submitted:
                 self._submitted.pop(job.uid, None)
-            if left := [job for job in submitted if not job.reply.done()]:
-                await asyncio.shield(self._drop(left))
+            if left := [job for job in submitted if job.is_sent and not job.reply.done()]:
+                await self._clean_up(self._drop(left))
 
     async def _submit(self, name: str, submitted: Sequence[_Submitted]) -> None:
         """Reserve room, upload the payloads, and put all jobs into the stream at once."""
@@ -244,10 +249,18 @@ class SubmitQueue:
             enqueuing = asyncio.create_task(self._put(submitted, member))
             await asyncio.shield(enqueuing)
         except BaseException:
-            await asyncio.shield(self._give_up(member, images, size_bytes, enqueuing))
+            await self._clean_up(self._give_up(member, images, size_bytes, enqueuing))
             raise
 
+    async def _clean_up(self, step: Coroutine[Any, Any, None]) -> None:
+        """Do it even if the caller is cancelled; a Redis that hangs holds nobody up, and it goes on without them."""
+        task = asyncio.create_task(step)
+        self._cleaning.add(task)
+        task.add_done_callback(self._cleaning.discard)
+        await asyncio.wait([task], timeout=CLEAN_UP_S)
+
     async def _upload(self, job: _Submitted) -> None:
+        job.is_sent = True
         payload = encode_batch(job.content.images_BHWC, job.content.prompts)
         await self._redis.set(self._keys.payload(job.uid), payload, px=self._upload_ms)
 
@@ -295,7 +308,7 @@ class SubmitQueue:
                 for _, entries in answer or ():
                     self._deliver(fields for _, fields in entries)
                     await self._redis.xdel(self._reply_key, *(entry for entry, _ in entries))
-            except (RedisError, OSError) as error:
+            except Exception as error:  # without this task no request would be answered any more
                 if not isinstance(error, QUEUE_GONE):
                     logger.exception("replies cannot be read; trying again")
                 self._look_now.set()  # something may be lost
@@ -304,7 +317,11 @@ class SubmitQueue:
     def _deliver(self, replies: Iterable[Mapping[bytes, bytes]]) -> None:
         """Give replies to their waiters, as far as there still are any."""
         for fields in replies:
-            uid, reply = Reply.from_fields(fields)
+            try:
+                uid, reply = Reply.from_fields(fields)
+            except (KeyError, ValueError, TypeError):
+                logger.exception("a reply cannot be understood; is its worker of another release?")
+                continue
             job = self._submitted.get(uid)
             if job is None or job.reply.done():
                 continue
@@ -319,11 +336,11 @@ class SubmitQueue:
         while True:
             try:
                 self._look_now.clear()
-                await self._say_alive()
+                await say_alive(self._redis, self._reply_key + lua.ALIVE, self._alive_ms)
                 await self._resubmit_lost()
                 await tidy(self._tidy, self._keys)
                 self._away = None
-            except (RedisError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - without this task the jobs would be taken for a dead API's
                 if self._away is None:
                     logger.warning("the queue cannot be looked after: %s", error)
                 self._away = str(QueueAway.of(error))
@@ -332,11 +349,6 @@ class SubmitQueue:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._beat_s):
                     await self._look_now.wait()
-
-    async def _say_alive(self) -> None:
-        """Keep the sign of life; a Redis that is full lets one be prolonged, but not made."""
-        if not await self._redis.pexpire(self._reply_key + lua.ALIVE, self._alive_ms):
-            await self._redis.set(self._reply_key + lua.ALIVE, "1", px=self._alive_ms)
 
     async def _resubmit_lost(self) -> None:
         """Submit again what is neither in the stream nor replied to: Redis has lost it.

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,9 @@ STRAGGLER_POLL_S = 0.001
 """How often a worker with an unfinished batch looks for more."""
 ANY_SIZE = Limits(max_images=2**31, max_body_bytes=2**62, max_pixels=2**62, max_prompt_chars=2**31)
 """The API has checked its requests; a worker that checked with other settings would contradict it."""
+
+
+Guard = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 class QueueGone(RuntimeError):
@@ -60,7 +63,7 @@ class WorkerLimits:
     job_images: int = 16
     lease_s: float = 15.0
     max_deliveries: int = 3
-    score_timeout_s: float = 120.0
+    score_timeout_s: float = 30.0
     patience_s: float = 60.0
 
 
@@ -77,8 +80,18 @@ class _Work:
 class Worker:
     """Scores the jobs of one queue with one reward until told to stop."""
 
-    def __init__(self, queue: WorkQueue, reward: Reward, limits: WorkerLimits) -> None:
-        """Bind queue and reward; the reward is warmed up by `warmup`."""
+    def __init__(
+        self, queue: WorkQueue, reward: Reward, limits: WorkerLimits, *, guard: Guard = contextlib.nullcontext
+    ) -> None:
+        """Bind queue and reward; the reward is warmed up by `warmup`.
+
+        Args:
+            queue: where jobs come from.
+            reward: scores them.
+            limits: how to work.
+            guard: entered around each forward pass, to end a process that not even the limits can.
+        """
+        self._guard = guard
         self._queue = queue
         self._reward = reward
         self._limits = limits
@@ -120,14 +133,19 @@ class Worker:
                     away_since_s = None
                 except (RedisError, *QUEUE_GONE) as error:
                     now_s = time.monotonic()
-                    away_since_s = now_s if away_since_s is None else away_since_s
-                    await self._endure(error, now_s - away_since_s)
-        finally:
+                    if isinstance(
+                        error, QUEUE_GONE
+                    ):  # others, as that its memory is full, Redis says while it is there
+                        away_since_s = now_s if away_since_s is None else away_since_s
+                    await self._endure(error, 0.0 if away_since_s is None else now_s - away_since_s)
+            if beat is not None:
+                await end(beat)
+            with contextlib.suppress(RedisError, OSError):
+                await self._queue.hand_back()
+        finally:  # without handing back where it ends by an error: a job that may be the cause shall count as delivered
             if beat is not None:
                 await end(beat)
             if not self._hung:
-                with contextlib.suppress(RedisError, OSError):
-                    await self._queue.hand_back()
                 self._thread.shutdown()
 
     async def _endure(self, error: Exception, away_s: float) -> None:
@@ -145,13 +163,18 @@ class Worker:
     async def _beat(self) -> None:
         """Three times a lease: say that we live, renew the lease of what we hold, drop what nobody waits for."""
         while True:
-            try:
-                await self._queue.keep_alive()
-                await self._queue.renew(list(self._held.values()))
-                await self._queue.tidy()
-            except (RedisError, OSError) as error:
-                logger.warning("the lease cannot be renewed: %s", error)
+            await self._try("renew its leases", self._queue.renew(list(self._held.values())))
+            await self._try("say that it lives", self._queue.keep_alive())
+            await self._try("tidy up", self._queue.tidy())
             await asyncio.sleep(self._limits.lease_s / 3)
+
+    @staticmethod
+    async def _try(what: str, step: Awaitable[object]) -> None:
+        """Do what may fail without harm, for a while, where Redis is away or full."""
+        try:
+            await step
+        except (RedisError, OSError) as error:
+            logger.warning("the worker cannot %s: %s", what, error)
 
     async def _next_batch(self, stop: asyncio.Event) -> list[Delivery]:
         """Wait for a batch; empty if told to stop."""
@@ -201,7 +224,12 @@ class Worker:
         try:
             works = await self._load(deliveries)
             for group in _group_by_shape(works):
-                await self._score(group)
+                try:
+                    await self._score(group)
+                except ScorerHung as error:
+                    if len(group) == 1:  # and so the culprit is known
+                        await self._try("bury a job", self._queue.bury(group[0].delivery, str(error)))
+                    raise
             for work in works:
                 assert work.reply is not None
                 if not await self._queue.reply(work.delivery, work.reply):
@@ -211,7 +239,7 @@ class Worker:
                 self._held.pop(delivery.entry, None)
         sizes, self._batch_sizes = self._batch_sizes, []
         if sizes:
-            await self._queue.count_batches(sizes)
+            await self._try("count its batches", self._queue.count_batches(sizes))
 
     async def _load(self, deliveries: Sequence[Delivery]) -> list[_Work]:
         """Fetch what there is to score; reply to the jobs that cannot be, drop those that nobody waits for."""
@@ -242,7 +270,7 @@ class Worker:
         started_s = time.perf_counter()
         try:
             scores_B = await self._forward(images_BHWC, prompts)
-        except (ScorerHung, MemoryError):
+        except ScorerHung:
             raise
         except Exception as error:
             if len(works) > 1:
@@ -267,18 +295,32 @@ class Worker:
     async def _forward(self, images_BHWC: NDArray[np.uint8], prompts: Sequence[str] | None) -> NDArray[np.float64]:
         """Run the reward on its thread, for at most `score_timeout_s`; check the count of its scores."""
         loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(self._thread, self._reward.score, images_BHWC, prompts)
-        done, _ = await asyncio.wait([future], timeout=self._limits.score_timeout_s)
+        with self._guard():
+            future = loop.run_in_executor(self._thread, self._call, images_BHWC, prompts)
+            done, _ = await asyncio.wait([future], timeout=self._limits.score_timeout_s)
         if not done:
             self._hung = True
             raise ScorerHung(
                 f"reward {self._reward.name} took longer than {self._limits.score_timeout_s:g} s "
                 f"for {len(images_BHWC)} images"
             )
-        scores_B = np.asarray(future.result(), dtype=np.float64)
+        scores_B = np.asarray(future.result())
+        if scores_B.dtype.kind not in "fiu" or isinstance(future.result(), np.ma.MaskedArray):
+            raise TypeError(f"scores are {scores_B.dtype}, masked or not, expected plain real numbers")
         if scores_B.shape != (len(images_BHWC),):
             raise ValueError(f"scores have shape {scores_B.shape}, expected ({len(images_BHWC)},)")
-        return scores_B
+        return scores_B.astype(np.float64)
+
+    def _call(self, images_BHWC: NDArray[np.uint8], prompts: Sequence[str] | None) -> object:
+        """Call the reward; what would end a thread or a loop, such as SystemExit, becomes an error like any other."""
+        try:
+            return self._reward.score(images_BHWC, prompts)
+        except StopIteration as error:
+            raise RuntimeError(f"StopIteration: {error}") from error
+        except Exception:
+            raise
+        except BaseException as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 def _reply(scores_B: NDArray[np.float64], queue_ms: float, score_ms: float) -> Reply:

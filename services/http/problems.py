@@ -75,7 +75,8 @@ class ProblemError(Exception):
 def problem_of(kind: str, status: int, detail: str, *, index: int | None = None) -> Problem:
     """The problem of one kind."""
     title = kind.replace("-", " ").capitalize()
-    return Problem(type=TYPE_PREFIX + kind, title=title, status=status, detail=detail, index=index)
+    printable = detail.encode("utf-8", "replace").decode()  # a reward's error may hold half a surrogate pair
+    return Problem(type=TYPE_PREFIX + kind, title=title, status=status, detail=printable, index=index)
 
 
 def answer_errors_as_problems(app: FastAPI) -> None:

@@ -145,7 +145,7 @@ class ScoreService:
     async def _prepare(self, decode: Decoder, body: bytearray, *, digests: bool) -> Prepared:
         """Decode on a thread, so that pictures do not hold up other requests."""
         settings = self.settings
-        bounds = {"job_images": settings.job_images, "job_bytes": settings.job_bytes}
+        bounds = {"job_images": settings.images_per_job, "job_bytes": settings.job_bytes}
         try:
             return await asyncio.to_thread(prepare, decode, body, settings.limits, digests=digests, **bounds)
         except BodyError as error:

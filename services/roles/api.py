@@ -7,12 +7,14 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from services.app import create_app
 from services.batching.streams import Keys, connect
 from services.batching.submit import SubmitQueue
+from services.http.connection import patient_protocol
 from services.processes import EXIT_INTERRUPTED, StartError, announce, url_of
 from services.rewards import create_reward
 from services.settings import Settings
@@ -70,6 +72,7 @@ def run_api(name: str, listener: socket.socket, redis_url: str, settings: Settin
         ws="none",
         server_header=False,
         proxy_headers=False,
+        http=patient_protocol(settings.upload_stall_s),
         timeout_graceful_shutdown=API_GRACE_S,
     )
 
@@ -84,22 +87,23 @@ def run_api(name: str, listener: socket.socket, redis_url: str, settings: Settin
     received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises what it received again, when it has finished
         signal.signal(number, lambda sig, _: received.append(sig))
-    asyncio.run(_run_server(Server(config), listener, received, name if announces else None))
+    url = url_of(listener)  # now: uvicorn closes the socket when it stops
+    ready: dict[str, Any] = {"rewards": {name: url}, "serves": f"{reward.name} {reward.version}"}
+    asyncio.run(_run_server(Server(config), listener, received, ready, announces=announces))
     return EXIT_INTERRUPTED if signal.SIGINT in received else 0
 
 
 async def _run_server(
-    server: uvicorn.Server, listener: socket.socket, received: list[int], announced_name: str | None
+    server: uvicorn.Server, listener: socket.socket, received: list[int], ready: dict[str, Any], *, announces: bool
 ) -> None:
-    url = url_of(listener)  # now: uvicorn closes the socket when it stops
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
         server.should_exit = server.should_exit or bool(received)
         await asyncio.sleep(STARTED_POLL_S)
     if server.started and not server.should_exit:
-        logger.info("listening on %s", url)
-        if announced_name is not None:
-            announce({"rewards": {announced_name: url}})
+        logger.info("ready: %s", ready)
+        if announces:
+            announce(ready)
     await serving
     if not server.started and not received:
         raise StartError("the application did not start: see the log")

@@ -8,6 +8,7 @@ from typing import Any
 from redis.exceptions import RedisError
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from services.batching.errors import QueueAway
 from services.batching.streams import Keys, connect
@@ -45,7 +46,7 @@ def show_dead(name: str, redis_url: str, settings: Settings, *, as_json: bool) -
         return 0
     table = Table(*COLUMNS, title=f"Dead letters of {reward.name} {reward.version}: {len(letters)}")
     for letter in letters:
-        table.add_row(*(str(letter[column]) for column in COLUMNS))
+        table.add_row(*(Text(str(letter[column])) for column in COLUMNS))  # a request may be named like markup
     Console().print(table)
     return 0
 

@@ -1,10 +1,13 @@
 """The worker process: scores the jobs of one reward."""
 
 import asyncio
+import contextlib
+import faulthandler
 import logging
 import os
 import signal
 import uuid
+from collections.abc import Iterator
 
 from services.batching.streams import Keys, WorkQueue, connect
 from services.batching.worker import QueueGone, ScorerHung, Worker, WorkerLimits
@@ -16,6 +19,9 @@ from services.settings import Settings
 logger = logging.getLogger(__name__)
 
 EXIT_HUNG = 70
+STDERR = 2
+STUCK_AFTER_S = 5.0
+"""How long after its time limit a forward pass, which then holds up even this process's event loop, ends it."""
 
 
 def run_worker(name: str, redis_url: str, settings: Settings, *, announces: bool) -> int:
@@ -37,6 +43,19 @@ def run_worker(name: str, redis_url: str, settings: Settings, *, announces: bool
     return asyncio.run(_work(create_reward(name), name, redis_url, settings, announces=announces))
 
 
+@contextlib.contextmanager
+def _end_if_stuck(after_s: float) -> Iterator[None]:
+    """End this process, with the stacks of its threads on stderr, should the block not end in time.
+
+    The limit of a forward pass is kept by the event loop, which does not run while native code holds the GIL.
+    """
+    faulthandler.dump_traceback_later(after_s, exit=True, file=STDERR)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 async def _work(reward: Reward, name: str, redis_url: str, settings: Settings, *, announces: bool) -> int:
     stop = asyncio.Event()
     received = stop_on_signals(stop, (signal.SIGTERM, signal.SIGINT))
@@ -48,12 +67,13 @@ async def _work(reward: Reward, name: str, redis_url: str, settings: Settings, *
         WorkerLimits(
             max_batch=settings.max_batch,
             max_wait_s=settings.max_wait_ms / 1000,
-            job_images=settings.job_images,
+            job_images=settings.images_per_job,
             lease_s=settings.lease_ms / 1000,
             max_deliveries=settings.max_deliveries,
             score_timeout_s=settings.score_timeout_s,
             patience_s=settings.redis_patience_s,
         ),
+        guard=lambda: _end_if_stuck(settings.score_timeout_s + STUCK_AFTER_S),
     )
 
     def on_ready() -> None:

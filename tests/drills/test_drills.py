@@ -117,11 +117,14 @@ def test_a_poisoned_image_fails_its_own_request(fleet: Fleet, poison: str) -> No
 
 @pytest.mark.parametrize("poison", ["kill", "hang"])
 def test_an_image_that_ends_its_workers_becomes_a_dead_letter(fleet: Fleet, poison: str) -> None:
-    """After three deliveries its request gets an error; those that were in one batch with it get their scores."""
+    """Its request gets an error once it is known to be the culprit; those in one batch with it get their scores.
+
+    That is after three deliveries for one that kills, and for one that hangs as soon as it has done so alone.
+    """
     assert run(fleet, Load(REQUESTS, poison=poison, one_in=100)) == {"scores": REQUESTS - 2, "RewardRefused": 2}
     letters = dead_letters(fleet)
     assert len(letters) == 2
-    assert all(int(letter[b"deliveries"]) == 4 for letter in letters)
+    assert {int(letter[b"deliveries"]) for letter in letters} <= ({4} if poison == "kill" else {1, 2})
 
 
 def test_a_full_queue_loses_nothing(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """Rewards that misbehave, for tests: `tests.services.dummies:NAME`."""
 
 import os
+import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -178,3 +179,29 @@ class Drilled(Brightness):
 POISONS = {"raise": 255, "kill": 254, "hang": 253, "count": 252, "nan": 251}
 """What the first byte of an image makes `Drilled` do; 250 and less are harmless."""
 HARMLESS = 250
+
+
+class Returns(Brightness):
+    """Gives its scores in a form of one's choice, or raises."""
+
+    name = "returns"
+
+    def __init__(self, form: Callable[[NDArray[np.float64]], object]) -> None:
+        self.form = form
+
+    def score(self, images_BHWC: NDArray[np.uint8], prompts: Sequence[str] | None) -> NDArray[np.float64]:
+        return self.form(super().score(images_BHWC, prompts))  # type: ignore[return-value]
+
+
+class Stuck(Brightness):
+    """Holds the interpreter's lock for as long as the universe lasts."""
+
+    name = "stuck"
+
+    def score(self, images_BHWC: NDArray[np.uint8], prompts: Sequence[str] | None) -> NDArray[np.float64]:
+        re.match(r"(a+)+$", "a" * 60 + "b")
+        return super().score(images_BHWC, prompts)
+
+
+class Twin(Brightness):
+    """Calls itself what another is called."""

@@ -178,6 +178,16 @@ def test_base64_is_checked() -> None:
         decode_json(b'{"images": ["@@@@"]}', LIMITS)
 
 
+def test_a_body_of_countless_short_strings_is_refused_unparsed() -> None:
+    """Parsed, it would take ten times its size; a prompt of nothing but quotation marks is still a prompt."""
+    limits = Limits(max_images=2, max_prompt_chars=10)
+    with pytest.raises(BodyTooLarge, match="quotation marks, limit 36"):
+        decode_json(b'{"images": [' + b'"a",' * 50 + b'"a"]}', limits)
+    picture = base64.b64encode(encode_png(random_images(2, 2, 3))).decode()
+    body = {"images": [picture] * 2, "prompts": ['"' * 10] * 2}
+    assert decode_json(json.dumps(body).encode(), limits).prompts == body["prompts"]
+
+
 @pytest.mark.parametrize(
     "body", [b"", b"[]", b"{", b'{"images": []}', b'{"images": [1]}', b'{"images": ["AA=="], "more": 1}', b"\xff"]
 )

@@ -199,7 +199,7 @@ def test_a_port_in_use_is_one_line(start: Start) -> None:
         (("serve", "brightness", "--port", "70000"), {}, "port 70000 does not exist"),
         (("serve", "brightness", "--redis-url", "http://localhost"), {}, "REDIS_URL"),
         (("serve", f"{DUMMY}NoWeights", "--port", "0"), {}, "cannot be loaded: FileNotFoundError: /weights/none"),
-        (("serve", f"{DUMMY}Nameless", "--port", "0"), {}, "AttributeError"),
+        (("serve", f"{DUMMY}Nameless", "--port", "0"), {}, "no method score(images, prompts)"),
         (("api", "brightness", "--fd", "99"), {"REDIS_URL": "unix:///no.sock"}, "descriptor 99 is no socket"),
         (("api", "brightness"), {"REDIS_URL": ""}, "REDIS_URL is not set"),
         (("worker", "brightness"), {"REDIS_URL": "unix:///no.sock", "REWARD_REDIS_PATIENCE_S": "0.1"}, "Redis is away"),
