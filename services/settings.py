@@ -4,6 +4,7 @@ Every variable begins with `REWARD_`, but for `REDIS_URL`, which others share.
 """
 
 import os
+import re
 from typing import Literal, Self
 from urllib.parse import urlsplit
 
@@ -74,6 +75,13 @@ class Settings(BaseSettings):
     def images_per_job(self) -> int:
         """Images in one job: no more than one forward pass may hold."""
         return min(self.job_images, self.max_batch)
+
+    @field_validator("token")
+    @classmethod
+    def _fits_a_header(cls, token: SecretStr | None) -> SecretStr | None:
+        if token is not None and not re.fullmatch(r"[\x21-\x7e]+", token.get_secret_value()):
+            raise ValueError("a character of it fits no header; use visible ASCII without spaces")
+        return token
 
     @field_validator("redis_url")
     @classmethod

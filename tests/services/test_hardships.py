@@ -62,6 +62,14 @@ def test_settings_are_refused_without_their_value(monkeypatch: pytest.MonkeyPatc
         load_settings()
 
 
+def test_a_token_that_fits_no_header_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No client could send it; the message does not show it."""
+    monkeypatch.setenv("REWARD_TOKEN", "two words")
+    with pytest.raises(SettingsError, match=r"^REWARD_TOKEN: .*without spaces$") as caught:
+        load_settings()
+    assert "two words" not in str(caught.value)
+
+
 def test_rewards_that_call_themselves_alike_are_refused(start: Start) -> None:
     """They would share a queue and answer for each other."""
     process = start("serve", "brightness", f"{DUMMY}Twin", "--port", "0", "--announce", "--until-stdin-closes")

@@ -194,14 +194,14 @@ def test_a_worker_that_dies_costs_a_run_nothing(tmp_path: Path) -> None:
 
 def test_the_token_of_the_environment_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Services that a run starts inherit it, so the run must send it; without it they refuse."""
-    monkeypatch.setenv("REWARD_TOKEN", "a secret")
+    monkeypatch.setenv("REWARD_TOKEN", "a-secret")
     rewards, images_BHW3 = [RewardConfig(name="brightness")], random_images(2, 8, 8, 3)
     with LocalRewards(["brightness"], tmp_path / "services.log") as services:
         with Scorer(rewards, services.urls, timeout_s=60, token=Settings().token) as scorer:
             assert scorer.submit(images_BHW3).result(60).reward.shape == (2,)
         with Scorer(rewards, services.urls, timeout_s=60) as scorer, pytest.raises(RewardRefused, match="401"):
             collect([scorer.submit(images_BHW3)])
-    assert "a secret" not in (tmp_path / "services.log").read_text()
+    assert "a-secret" not in (tmp_path / "services.log").read_text()
 
 
 def test_no_name_starts_nothing(tmp_path: Path) -> None:
