@@ -327,7 +327,7 @@ def _split_safetensors(view: memoryview) -> tuple[dict[str, Any], memoryview]:
             "send a whole safetensors file"
         )
     try:
-        header = json.loads(bytes(view[start : start + length]))
+        header = json.loads(str(view[start : start + length], "utf-8"))  # of bytes json would take UTF-16, too
     except (ValueError, RecursionError):
         raise BodyMalformed("the safetensors header is not JSON: send a whole safetensors file") from None
     if not isinstance(header, dict):

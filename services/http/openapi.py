@@ -21,6 +21,8 @@ from services.settings import Settings
 
 Json = dict[str, Any]
 
+LONGEST_MS = 10**15
+"""The largest deadline that a request may name, in milliseconds; the service's own limit holds all the same."""
 EXAMPLE_PNG = (
     "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR4nGP4z8DA8J+BkYHh////DAAe9gT9Ce00PgAAAABJRU5ErkJggg=="
 )
@@ -139,7 +141,7 @@ def _score(limits: Limits, security: Sequence[Json]) -> Json:
                 protocol.HEADER_DEADLINE_MS,
                 "Milliseconds from the arrival of the request after which its answer is of no use; more than the "
                 "service's own limit means that limit.",
-                {"type": "integer", "minimum": 1, "maximum": 10**15},
+                {"type": "integer", "minimum": 1, "maximum": LONGEST_MS},
                 30000,
             ),
             _header(

@@ -30,7 +30,7 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "malformed-request": Kind(400, "X-Deadline-Ms is '-1', must be whole milliseconds of at least 1"),
+    "malformed-request": Kind(400, "X-Deadline-Ms is '-1', must be whole milliseconds from 1 to 1000000000000000"),
     "malformed-body": Kind(400, "2 prompts for 3 images: give one for each, or none"),
     "unauthorized": Kind(401, "the bearer token is missing or wrong: send 'Authorization: Bearer TOKEN'"),
     "not-found": Kind(404, "GET /nowhere: Not Found; see /docs for what is served"),

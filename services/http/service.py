@@ -18,6 +18,7 @@ from services.batching.submit import Job
 from services.batching.survey import Survey
 from services.http.bodies import MEDIA_TYPES, Decoder, Prepared, decoder_of, prepare
 from services.http.metrics import Metrics
+from services.http.openapi import LONGEST_MS
 from services.http.problems import ProblemError
 from services.http.uploads import HeldBytes, Patience, read_body
 from services.images import BodyError, ItemInvalid
@@ -209,8 +210,10 @@ class ScoreService:
         text = request.headers.get(protocol.HEADER_DEADLINE_MS)
         if text is None:
             return self.settings.default_deadline_s
-        if not (text.isascii() and text.isdigit()) or len(text) > 20 or int(text) < 1:
-            detail = f"{protocol.HEADER_DEADLINE_MS} is {text[:40]!r}, must be whole milliseconds of at least 1"
+        if not (text.isascii() and text.isdigit()) or len(text) > 20 or not 1 <= int(text) <= LONGEST_MS:
+            detail = (
+                f"{protocol.HEADER_DEADLINE_MS} is {text[:40]!r}, must be whole milliseconds from 1 to {LONGEST_MS}"
+            )
             raise ProblemError("malformed-request", detail)
         return min(int(text) / 1000, self.settings.max_deadline_s)
 

@@ -15,7 +15,7 @@ from services.app import create_app
 from services.batching.streams import Keys, connect
 from services.batching.submit import SubmitQueue
 from services.http.connection import patient_protocol
-from services.processes import EXIT_INTERRUPTED, StartError, announce, url_of
+from services.processes import EXIT_INTERRUPTED, StartError, announce, return_freed_memory, url_of
 from services.rewards import create_reward
 from services.settings import Settings
 
@@ -43,6 +43,7 @@ def run_api(name: str, listener: socket.socket, redis_url: str, settings: Settin
         services.rewards.UnknownReward: there is no such reward.
         StartError: the application does not start.
     """
+    return_freed_memory()
     reward = create_reward(name)
 
     @contextlib.asynccontextmanager

@@ -178,6 +178,19 @@ def test_base64_is_checked() -> None:
         decode_json(b'{"images": ["@@@@"]}', LIMITS)
 
 
+def test_a_header_is_utf8_alone() -> None:
+    """As the format demands; other programs would read another header."""
+    header = json.dumps({"images": {"dtype": "U8", "shape": [1, 1, 1, 3], "data_offsets": [0, 3]}})
+    for encoding, is_right in (("utf-8", True), ("utf-16", False), ("utf-32", False)):
+        data = header.encode(encoding)
+        body = struct.pack("<Q", len(data)) + data + b"abc"
+        if is_right:
+            assert len(decode_batch(body, LIMITS).images_HWC) == 1
+        else:
+            with pytest.raises(BodyMalformed, match="not JSON"):
+                decode_batch(body, LIMITS)
+
+
 def test_a_body_of_countless_short_strings_is_refused_unparsed() -> None:
     """Parsed, it would take ten times its size; a prompt of nothing but quotation marks is still a prompt."""
     limits = Limits(max_images=2, max_prompt_chars=10)
