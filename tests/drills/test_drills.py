@@ -10,7 +10,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,24 +30,18 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
         yield running
 
 
-@contextmanager
-def meanwhile(action: Callable[[], None], *, every_s: float = 0.4, times: int = 5) -> Iterator[None]:
-    """Do something several times while the block runs."""
-    stop = threading.Event()
-
-    def act() -> None:
-        for _ in range(times):
-            if stop.wait(every_s):
-                return
-            action()
-
-    thread = threading.Thread(target=act, daemon=True)
+def run_while(fleet: Fleet, action: Callable[[], None], *, every_s: float = 0.4, times: int = 5) -> None:
+    """Send load after load while something is done several times; every request must get its scores."""
+    thread = threading.Thread(target=lambda: [(time.sleep(every_s), action()) for _ in range(times)], daemon=True)
     thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    seed = 0
+    while thread.is_alive() or not seed:
+        load = Load(REQUESTS, seed=seed)
+        asyncio.run(load.send(fleet.urls))
+        assert load.check() == {"scores": REQUESTS}
+        seed += 1
+    assert_clean(fleet)
+    assert dead_letters(fleet) == []
 
 
 def run(fleet: Fleet, load: Load) -> dict[str, int]:
@@ -62,29 +55,23 @@ def run(fleet: Fleet, load: Load) -> dict[str, int]:
 def test_workers_are_killed(fleet: Fleet) -> None:
     """SIGKILL in the middle of batches: others take over, nobody notices, nothing becomes a dead letter."""
     chance = random.Random(0)
-    with meanwhile(lambda: chance.choice(fleet.workers).send(signal.SIGKILL)):
-        assert run(fleet, Load(REQUESTS)) == {"scores": REQUESTS}
+    run_while(fleet, lambda: chance.choice(fleet.workers).send(signal.SIGKILL))
     assert sum(worker.starts for worker in fleet.workers) >= 4
-    assert dead_letters(fleet) == []
 
 
 def test_apis_are_killed(fleet: Fleet) -> None:
     """SIGKILL: the clients try again, with the same key; what the dead API had queued is dropped."""
     chance = random.Random(1)
-    with meanwhile(lambda: chance.choice(fleet.apis).send(signal.SIGKILL), every_s=1.5, times=2):
-        assert run(fleet, Load(REQUESTS)) == {"scores": REQUESTS}
+    run_while(fleet, lambda: chance.choice(fleet.apis).send(signal.SIGKILL), every_s=1.5, times=2)
     assert sum(api.starts for api in fleet.apis) >= 3
-    assert dead_letters(fleet) == []
 
 
 @pytest.mark.parametrize("durable", [False, True], ids=["loses its data", "keeps its data"])
 def test_redis_is_killed(tmp_path: Path, durable: bool) -> None:
     """SIGKILL, and started again: what it lost is submitted again."""
     with Fleet(tmp_path, durable=durable) as fleet:
-        with meanwhile(lambda: fleet.redis.send(signal.SIGKILL), every_s=1.0, times=3):
-            assert run(fleet, Load(REQUESTS)) == {"scores": REQUESTS}
+        run_while(fleet, lambda: fleet.redis.send(signal.SIGKILL), every_s=1.0, times=3)
         assert fleet.redis.starts >= 3
-        assert dead_letters(fleet) == []
 
 
 def test_a_worker_stands_still_and_wakes(fleet: Fleet) -> None:
@@ -96,10 +83,8 @@ def test_a_worker_stands_still_and_wakes(fleet: Fleet) -> None:
         time.sleep(2 * LEASE_S)
         zombie.send(signal.SIGCONT)
 
-    with meanwhile(pause, times=1):
-        assert run(fleet, Load(REQUESTS)) == {"scores": REQUESTS}
+    run_while(fleet, pause, times=1)
     assert zombie.starts == 1
-    assert dead_letters(fleet) == []
 
 
 @pytest.mark.parametrize("poison", ["raise", "nan", "count"])
@@ -162,10 +147,8 @@ def test_one_is_told_to_stop(fleet: Fleet, role: str) -> None:
     """SIGTERM under load: an API finishes what it has, a worker finishes its batch and hands the rest back."""
     members = fleet.apis if role == "api" else fleet.workers
     chance = random.Random(3)
-    with meanwhile(lambda: chance.choice(members).send(signal.SIGTERM), every_s=0.8, times=3):
-        assert run(fleet, Load(REQUESTS)) == {"scores": REQUESTS}
+    run_while(fleet, lambda: chance.choice(members).send(signal.SIGTERM), every_s=0.8, times=3)
     assert sum(member.starts for member in members) >= 4
-    assert dead_letters(fleet) == []
     with fleet.client() as redis:
         events = redis.hgetall("reward:{drilled:1}:events")
     assert b"redeliveries" not in events  # what is handed back is no redelivery
