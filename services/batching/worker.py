@@ -29,6 +29,9 @@ IDLE_BLOCK_MS = 250
 """How long an idle worker waits for a job before it looks whether it shall stop or take over."""
 STRAGGLER_POLL_S = 0.001
 """How often a worker with an unfinished batch looks for more."""
+TIMEOUT_SLICES = 20
+"""The limit of a forward pass is waited for in so many pieces, so that a process that was frozen, which is no fault of
+the images, wakes with most of it left."""
 ANY_SIZE = Limits(max_images=2**31, max_body_bytes=2**62, max_pixels=2**62, max_prompt_chars=2**31)
 """The API has checked its requests; a worker that checked with other settings would contradict it."""
 
@@ -297,7 +300,10 @@ class Worker:
         loop = asyncio.get_running_loop()
         with self._guard():
             future = loop.run_in_executor(self._thread, self._call, images_BHWC, prompts)
-            done, _ = await asyncio.wait([future], timeout=self._limits.score_timeout_s)
+            for _ in range(TIMEOUT_SLICES):
+                done, _pending = await asyncio.wait([future], timeout=self._limits.score_timeout_s / TIMEOUT_SLICES)
+                if done:
+                    break
         if not done:
             self._hung = True
             raise ScorerHung(

@@ -57,7 +57,7 @@ def describe(reward: Reward, settings: Settings) -> Json:
         ref_template="#/components/schemas/{model}",
     )
     security: list[Json] = [{"bearer": []}] if settings.token else [{"bearer": []}, {}]
-    info = _info(reward, settings.limits)
+    info = info_of(reward, settings.limits).model_dump()
     return {
         "openapi": "3.1.0",
         "info": {
@@ -237,7 +237,8 @@ def _prompts(limits: Limits) -> Json:
     }
 
 
-def _info(reward: Reward, limits: Limits) -> Json:
+def info_of(reward: Reward, limits: Limits) -> Info:
+    """What `GET /info` says of a reward."""
     return Info(
         name=reward.name,
         version=reward.version,
@@ -247,7 +248,7 @@ def _info(reward: Reward, limits: Limits) -> Json:
         uses_prompts=reward.uses_prompts,
         bodies=list(MEDIA_TYPES),
         limits=limits,
-    ).model_dump()
+    )
 
 
 def _json(description: str, schema: str, example: Json) -> Json:

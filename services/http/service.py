@@ -16,13 +16,13 @@ from services.batching.errors import DeadlinePassed, KeyReused, QueueAway, Queue
 from services.batching.streams import Reply
 from services.batching.submit import Job
 from services.batching.survey import Survey
-from services.http.bodies import MEDIA_TYPES, Decoder, Prepared, decoder_of, prepare
+from services.http.bodies import Decoder, Prepared, decoder_of, prepare
 from services.http.metrics import Metrics
-from services.http.openapi import LONGEST_MS
+from services.http.openapi import LONGEST_MS, info_of
 from services.http.problems import ProblemError
 from services.http.uploads import HeldBytes, Patience, read_body
 from services.images import BodyError, ItemInvalid
-from services.protocol import Info, Readiness, ScoreAnswer, Timing
+from services.protocol import Readiness, ScoreAnswer, Timing
 from services.rewards.base import Reward
 from services.settings import Settings
 
@@ -77,16 +77,7 @@ class ScoreService:
         self._token = settings.token.get_secret_value().encode() if settings.token else None
         self._retry_after = {protocol.HEADER_RETRY_AFTER: str(settings.retry_after_s)}
         self._held = HeldBytes(settings.queue_bytes, headers=self._retry_after)
-        self.info = Info(
-            name=reward.name,
-            version=reward.version,
-            low=reward.low,
-            high=reward.high,
-            higher_is_better=reward.higher_is_better,
-            uses_prompts=reward.uses_prompts,
-            bodies=list(MEDIA_TYPES),
-            limits=settings.limits,
-        )
+        self.info = info_of(reward, settings.limits)
 
     def authorise(self, request: Request) -> None:
         """Refuse a request that does not carry the token, in a time that tells nothing about it.
