@@ -28,7 +28,6 @@ class Settings(BaseSettings):
     redis_url: str | None = Field(
         default=None,
         validation_alias=AliasChoices("redis_url", "REDIS_URL"),
-        pattern=r"^(redis|rediss|unix)://",
         description="Redis 6.2 or newer, or Valkey; with user, password and TLS by URL",
     )
     redis_timeout_s: float = Field(default=10, ge=2, description="for one command, and to connect")
@@ -85,8 +84,10 @@ class Settings(BaseSettings):
 
     @field_validator("redis_url")
     @classmethod
-    def _has_host_and_port(cls, url: str | None) -> str | None:
+    def _is_an_address(cls, url: str | None) -> str | None:
         """Found here, for the client's own error would show a part of the password."""
+        if url is not None and not url.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("it must begin with redis://, rediss:// (TLS) or unix://")
         try:
             if url is not None:
                 _ = urlsplit(url).port
@@ -98,9 +99,14 @@ class Settings(BaseSettings):
     def _request_fits_queue(self) -> Self:
         """A request beyond the queue's bound would be refused for ever."""
         if self.max_images > self.queue_images:
-            raise ValueError(f"max_images {self.max_images} exceeds queue_images {self.queue_images}")
+            raise ValueError(
+                f"REWARD_MAX_IMAGES {self.max_images} exceeds REWARD_QUEUE_IMAGES {self.queue_images}: raise the latter"
+            )
         if self.max_body_bytes > self.queue_bytes:
-            raise ValueError(f"max_body_bytes {self.max_body_bytes} exceeds queue_bytes {self.queue_bytes}")
+            raise ValueError(
+                f"REWARD_MAX_BODY_BYTES {self.max_body_bytes} exceeds REWARD_QUEUE_BYTES {self.queue_bytes}: "
+                "raise the latter"
+            )
         return self
 
 
@@ -125,6 +131,6 @@ def load_settings(*, redis_url: str | None = None) -> Settings:
         return Settings() if redis_url is None else Settings(redis_url=redis_url)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        field = str(first["loc"][0]) if first["loc"] else ""
-        name = "REDIS_URL" if field.lower() == "redis_url" else f"REWARD_{field}".upper().rstrip("_")
-        raise SettingsError(f"{name}: {first['msg']}") from None
+        field, words = str(first["loc"][0]) if first["loc"] else "", first["msg"].removeprefix("Value error, ")
+        name = "REDIS_URL" if field.lower() == "redis_url" else f"REWARD_{field}".upper()
+        raise SettingsError(f"{name}: {words}" if field else words) from None

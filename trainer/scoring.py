@@ -101,6 +101,7 @@ class Scorer:
         }
         self._in_flight: set[asyncio.Task[object] | None] = set()
         self._broken: Exception | None = None
+        self._models: dict[str, str] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
         self._thread.start()
@@ -149,11 +150,20 @@ class Scorer:
         async def one(reward: RewardConfig) -> Scores:
             prompts = None if reward.prompt is None else [reward.prompt] * len(images_BHW3)
             answer = await self._clients[reward.name].score(images_BHW3, prompts, deadline_s=self._timeout_s)
+            self._check_model(reward.name, f"{answer.reward} {answer.version}")
             return np.asarray(answer.scores, dtype=np.float64)
 
         async with asyncio.TaskGroup() as group:
             tasks = {reward.name: group.create_task(one(reward)) for reward in self._rewards}
         return combine({name: task.result() for name, task in tasks.items()}, self._rewards, len(images_BHW3))
+
+    def _check_model(self, name: str, model: str) -> None:
+        """Scores of two models cannot be compared: throughout a run each reward is one."""
+        first = self._models.setdefault(name, model)
+        if first != model:
+            raise ScoreError(
+                f"{name!r} was scored by {first} and now is by {model}: bring the first back, or start a new run"
+            )
 
     def close(self) -> None:
         """Drops what is in flight and closes the connections."""

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ IDLE_BLOCK_MS = 250
 """How long an idle worker waits for a job before it looks whether it shall stop or take over."""
 STRAGGLER_POLL_S = 0.001
 """How often a worker with an unfinished batch looks for more."""
+WARN_EVERY_S = 10.0
+"""How often it is said that Redis is away, while it is."""
 TIMEOUT_SLICES = 20
 """The limit of a forward pass is waited for in so many pieces, so that a process that was frozen, which is no fault of
 the images, wakes with most of it left."""
@@ -102,6 +104,7 @@ class Worker:
         self._held: dict[bytes, Delivery] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
         self._took_over_s = -math.inf
+        self._warned_s = -math.inf
         self._batch_sizes: list[int] = []
         self._hung = False
         self.is_warm = False
@@ -156,7 +159,9 @@ class Worker:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         if away_s > self._limits.patience_s:
             raise QueueGone(f"Redis is away for {away_s:.0f} s, limit {self._limits.patience_s:.0f} s: {line}")
-        logger.warning("the queue cannot be served: %s", line)
+        if time.monotonic() - self._warned_s > WARN_EVERY_S:
+            self._warned_s = time.monotonic()
+            logger.warning("the queue cannot be served: %s: check that Redis runs and REDIS_URL names it", line)
         self._batcher.clear()
         self._held.clear()
         await asyncio.sleep(min(1.0, 0.05 + away_s / 4))
@@ -211,7 +216,7 @@ class Worker:
         logger.warning("job taken over, delivery %d", delivery.deliveries, extra=_fields(delivery))
         if delivery.deliveries > self._limits.max_deliveries:
             reason = f"given up after {self._limits.max_deliveries} deliveries to workers that did not reply"
-            await self._queue.bury(delivery, reason)
+            await self._queue.bury(replace(delivery, deliveries=self._limits.max_deliveries), reason)
         else:
             self._hold(delivery, alone=delivery.deliveries > 1)
         return True

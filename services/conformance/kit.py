@@ -66,7 +66,7 @@ async def run_checks(checks: Sequence[Check], probe: Probe, *, deadline_s: float
     Args:
         checks: each after those that it rests on.
         probe: open.
-        deadline_s: seconds for all; a check that has not ended by then is broken, those after it are not judged.
+        deadline_s: seconds for all; a check that has not ended by then counts as broken, and so do those after it.
 
     Returns:
         A finding for each, in order.

@@ -200,7 +200,7 @@ class ScoreService:
         """Read the deadline header, in seconds; at most the service's own limit."""
         text = request.headers.get(protocol.HEADER_DEADLINE_MS)
         if text is None:
-            return self.settings.default_deadline_s
+            return min(self.settings.default_deadline_s, self.settings.max_deadline_s)
         if not (text.isascii() and text.isdigit()) or len(text) > 20 or not 1 <= int(text) <= LONGEST_MS:
             detail = (
                 f"{protocol.HEADER_DEADLINE_MS} is {text[:40]!r}, must be whole milliseconds from 1 to {LONGEST_MS}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from services.batching.errors import QueueAway
@@ -44,7 +44,8 @@ def show_dead(name: str, redis_url: str, settings: Settings, *, as_json: bool) -
         for letter in letters:
             print(json.dumps(letter))
         return 0
-    table = Table(*COLUMNS, title=f"Dead letters of {reward.name} {reward.version}: {len(letters)}")
+    columns = [Column(name, overflow="fold") for name in COLUMNS]  # cut short, a request's name is of no use
+    table = Table(*columns, title=f"Dead letters of {reward.name} {reward.version}: {len(letters)}")
     for letter in letters:
         table.add_row(*(Text(str(letter[column])) for column in COLUMNS))  # a request may be named like markup
     Console().print(table)

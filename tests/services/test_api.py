@@ -277,7 +277,7 @@ async def test_unknown_paths_and_bugs_are_problems() -> None:
         ("REWARD_MAX_BATCH", "0", "REWARD_MAX_BATCH: .*greater than or equal to 1"),
         ("REWARD_LEASE_MS", "soon", "REWARD_LEASE_MS: "),
         ("REDIS_URL", "http://redis", "REDIS_URL: "),
-        ("REWARD_MAX_IMAGES", "100000", "max_images 100000 exceeds queue_images 2048"),
+        ("REWARD_MAX_IMAGES", "100000", "^REWARD_MAX_IMAGES 100000 exceeds REWARD_QUEUE_IMAGES 2048: raise"),
     ],
 )
 def test_a_bad_setting_is_named_in_one_line(

@@ -147,6 +147,8 @@ class Misbehaving(BaseHTTPRequestHandler):
             self._answer(200, "<html>")
         elif manner == "well":
             self._answer_scores([0.25, 0.75])
+        elif manner == "upgraded":
+            self._answer_scores([0.25, 0.75], version="2")
         elif manner == "silent":
             self.server.over.wait(60)  # type: ignore[attr-defined]
             self.close_connection = True
@@ -155,8 +157,8 @@ class Misbehaving(BaseHTTPRequestHandler):
         else:
             self._answer_scores(WRONG_SCORES[manner])
 
-    def _answer_scores(self, scores: Any) -> None:
-        answer = {"scores": scores, "reward": "odd", "version": "1", "timing_ms": {"queue": 0, "score": 0}}
+    def _answer_scores(self, scores: Any, *, version: str = "1") -> None:
+        answer = {"scores": scores, "reward": "odd", "version": version, "timing_ms": {"queue": 0, "score": 0}}
         self._answer(200, json.dumps({name: value for name, value in answer.items() if value is not None}))
 
     def _answer(self, status: int, text: str) -> None:
@@ -267,3 +269,14 @@ def test_closing_drops_what_is_in_flight(odd_service: ThreadingHTTPServer) -> No
     scorer.close()
     assert pending.done()
     assert not any(thread.name == "rewards" for thread in threading.enumerate())
+
+
+def test_a_service_that_is_upgraded_under_a_run_stops_it(odd_service: ThreadingHTTPServer) -> None:
+    """Scores of two models cannot be compared, and a policy must not be trained on a mixture."""
+    odd_service.manner = "well"  # type: ignore[attr-defined]
+    url = f"http://127.0.0.1:{odd_service.server_port}"
+    with Scorer([reward("odd")], {"odd": url}, timeout_s=10) as scorer:
+        collect([scorer.submit(random_images(2, 4, 4, 3))])
+        odd_service.manner = "upgraded"  # type: ignore[attr-defined]
+        with pytest.raises(ScoreError, match="'odd' was scored by odd 1 and now is by odd 2: bring the first back"):
+            collect([scorer.submit(random_images(2, 4, 4, 3))])
