@@ -140,7 +140,11 @@ class Server(ThreadingHTTPServer):
 
 
 if __name__ == "__main__":
-    with Server(("127.0.0.1", int(sys.argv[1])), Handler) as server:
+    try:
+        listening = Server(("127.0.0.1", int(sys.argv[1])), Handler)
+    except (IndexError, ValueError, OverflowError, OSError) as error:
+        sys.exit(f"error: {error}: give a free PORT, or 0 for any")
+    with listening as server:
         print(f"{NAME} at http://127.0.0.1:{server.server_port}", flush=True)
         try:
             server.serve_forever()

@@ -134,3 +134,8 @@ def load_settings(*, redis_url: str | None = None) -> Settings:
         field, words = str(first["loc"][0]) if first["loc"] else "", first["msg"].removeprefix("Value error, ")
         name = "REDIS_URL" if field.lower() == "redis_url" else f"REWARD_{field}".upper()
         raise SettingsError(f"{name}: {words}" if field else words) from None
+
+
+def token_of(variable: str) -> str | None:
+    """The bearer token in a variable, for clients, whom no other setting concerns; None where it is unset or empty."""
+    return os.environ.get(variable) or None

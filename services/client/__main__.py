@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, SecretStr
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -25,7 +24,7 @@ from rich.text import Text
 from services.client import RewardAnswerInvalid, RewardClient, RewardError, RewardRefused
 from services.images import BodyError, decode_picture
 from services.protocol import Limits
-from services.settings import Settings, load_settings
+from services.settings import token_of
 
 EXIT_SERVICE = 1
 EXIT_USAGE = 2
@@ -81,24 +80,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def read_token(name: str | None) -> str | None:
-    """Read the bearer token from the environment, by the settings of the services.
+    """Read the bearer token from the environment.
 
     Args:
         name: of the variable, which must be set; None for the usual one, which may be absent.
 
     Raises:
-        ValueError: it is not set, or another setting of the services is wrong.
+        ValueError: it is not set.
     """
-    token = load_settings().token
-    if name is not None:
-
-        class Named(Settings):
-            token: SecretStr | None = Field(default=None, validation_alias=name)
-
-        token = Named().token
+    token = token_of(name or DEFAULT_TOKEN_NAME)
     if token is None and name is not None:
         raise ValueError(f"--token-env {name}: the variable is not set or empty; set it to the token")
-    return None if token is None else token.get_secret_value()
+    return token
 
 
 def read_portions(files: Sequence[Path], limits: Limits, *, portion_bytes: int) -> Iterator[list[Picture]]:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from services.client import RewardAnswerInvalid, RewardClient
-from services.client.__main__ import PictureUnreadable, score_files
+from services.client.__main__ import PictureUnreadable, read_token, score_files
 from services.images import decode_picture
 from services.protocol import Limits
 from services.rewards.brightness import Brightness
@@ -221,3 +221,15 @@ async def test_a_picture_beyond_the_services_limits_is_not_sent(pictures: list[P
             await score_files(client, pictures[:1], None, deadline_s=30)
     assert str(pictures[0]) in str(caught.value)
     assert not service.posts
+
+
+def test_other_settings_of_services_do_not_concern_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell may hold what is meant for a service, right or wrong."""
+    monkeypatch.setenv("REDIS_URL", "nonsense")
+    monkeypatch.setenv("REWARD_MAX_IMAGES", "0")
+    monkeypatch.setenv("REWARD_TOKEN", "of-a-test")
+    monkeypatch.setenv("OTHER_TOKEN", "of-another")
+    assert read_token(None) == "of-a-test"
+    assert read_token("OTHER_TOKEN") == "of-another"
+    with pytest.raises(ValueError, match="--token-env NONE: the variable is not set"):
+        read_token("NONE")
