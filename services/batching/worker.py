@@ -139,10 +139,9 @@ class Worker:
                     away_since_s = None
                 except (RedisError, *QUEUE_GONE) as error:
                     now_s = time.monotonic()
-                    if isinstance(
-                        error, QUEUE_GONE
-                    ):  # others, as that its memory is full, Redis says while it is there
-                        away_since_s = now_s if away_since_s is None else away_since_s
+                    # Other errors, as that its memory is full, come from a Redis that is there.
+                    if isinstance(error, QUEUE_GONE) and away_since_s is None:
+                        away_since_s = now_s
                     await self._endure(error, 0.0 if away_since_s is None else now_s - away_since_s)
             if beat is not None:
                 await end(beat)
@@ -315,8 +314,9 @@ class Worker:
                 f"reward {self._reward.name} took longer than {self._limits.score_timeout_s:g} s "
                 f"for {len(images_BHWC)} images"
             )
-        scores_B = np.asarray(future.result())
-        if scores_B.dtype.kind not in "fiu" or isinstance(future.result(), np.ma.MaskedArray):
+        given = future.result()
+        scores_B = np.asarray(given)
+        if scores_B.dtype.kind not in "fiu" or isinstance(given, np.ma.MaskedArray):
             raise TypeError(f"scores are {scores_B.dtype}, masked or not, expected plain real numbers")
         if scores_B.shape != (len(images_BHWC),):
             raise ValueError(f"scores have shape {scores_B.shape}, expected ({len(images_BHWC)},)")

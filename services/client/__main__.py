@@ -68,15 +68,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("url", metavar="URL", help="of the service: http://HOST:PORT or https://HOST:PORT")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="PNG, JPEG or WebP")
     parser.add_argument("--prompt", metavar="TEXT", help="for all pictures, where the reward reads one")
+    add_token_option(parser)
+    parser.add_argument("--deadline", type=_seconds, default=60.0, metavar="S", help="seconds for all (default: 60)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    return parser.parse_args(arguments)
+
+
+def add_token_option(parser: argparse.ArgumentParser) -> None:
+    """Give a command `--token-env NAME`, for `read_token`."""
     parser.add_argument(
         "--token-env",
         metavar="NAME",
         type=_variable,
         help=f"the environment variable that holds the bearer token (default: {DEFAULT_TOKEN_NAME}, where it is set)",
     )
-    parser.add_argument("--deadline", type=_seconds, default=60.0, metavar="S", help="seconds for all (default: 60)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    return parser.parse_args(arguments)
 
 
 def read_token(name: str | None) -> str | None:

@@ -11,13 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from services.client.__main__ import DEFAULT_TOKEN_NAME, read_token
+from services.client.__main__ import EXIT_INTERRUPTED, add_token_option, read_token
 from services.conformance import NotExamined, examine
 from services.conformance.kit import Finding
 
 EXIT_BREACH = 1
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 COLOURS = {"kept": "green", "breach": "bold red", "warning": "yellow", "not judged": "dim"}
 
 
@@ -30,12 +29,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         allow_abbrev=False,  # a --token would become --token-env
     )
     parser.add_argument("url", metavar="URL", help="of the service: http://HOST:PORT or https://HOST:PORT")
-    parser.add_argument(
-        "--token-env",
-        metavar="NAME",
-        type=_variable,
-        help=f"the environment variable that holds the bearer token (default: {DEFAULT_TOKEN_NAME}, where it is set)",
-    )
+    add_token_option(parser)
     parser.add_argument(
         "--tolerance",
         type=_positive,
@@ -110,14 +104,6 @@ def _positive(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is out of range: give a positive number")
     return number
-
-
-def _variable(text: str) -> str:
-    """Read the name of an environment variable."""
-    if not (text.isascii() and text.isidentifier()):
-        # Not repeated: it may be the token itself.
-        raise argparse.ArgumentTypeError("this is no name of an environment variable: name one, not the token itself")
-    return text
 
 
 if __name__ == "__main__":
