@@ -60,6 +60,8 @@ class Info(BaseModel):
     high: FiniteFloat | None = Field(default=None, description="largest possible score, where there is one")
     higher_is_better: bool = True
     uses_prompts: bool = False
+    needs_prompts: bool = Field(default=False, description="whether a request without prompts is refused")
+    scale: str = Field(default="", description="what the numbers are, in a few words")
     bodies: list[str] = Field(min_length=1, description="media types that `POST /score` accepts")
     limits: Limits
 

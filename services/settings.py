@@ -5,6 +5,7 @@ Every variable begins with `REWARD_`, but for `REDIS_URL`, which others share.
 
 import os
 import re
+from pathlib import Path
 from typing import Literal, Self
 from urllib.parse import urlsplit
 
@@ -12,6 +13,10 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_vali
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.protocol import Limits
+from services.rewards.options import STANDARD, Device, Precision, RewardOptions, Runtime
+from services.rewards.sources import parse_source
+
+DEFAULTS = RewardOptions()
 
 
 class SettingsError(ValueError):
@@ -58,6 +63,26 @@ class Settings(BaseSettings):
     max_deliveries: int = Field(default=3, ge=1, description="deliveries without a reply that make a dead letter")
     score_timeout_s: float = Field(default=30, gt=0, description="longest forward pass; then the worker ends itself")
 
+    device: Device = Field(default=STANDARD.device, description="where a model runs; auto: a GPU if there is one")
+    precision: Precision = Field(
+        default=STANDARD.precision, description="of a model's arithmetic; half precision is autocast"
+    )
+    compile: bool = Field(default=STANDARD.compiled, description="whether torch.compile makes a model faster")
+    cache_dir: Path | None = Field(default=None, description="where downloaded weights are kept")
+    clip_model: str = Field(default=DEFAULTS.clip_model, min_length=1, description="open_clip model of `clip`")
+    clip_weights: str = Field(
+        default=DEFAULTS.clip_weights, description="a pretrained tag of it, or a path, perhaps with @sha256:HEX"
+    )
+    clip_prompt: str | None = Field(
+        default=None, description="prompt of `clip` and `mini-clip` for requests without prompts"
+    )
+    aesthetic_weights: str = Field(
+        default=DEFAULTS.aesthetic_weights, description="likewise, of the ViT-L/14 under `aesthetic`"
+    )
+    aesthetic_head: str = Field(
+        default=DEFAULTS.aesthetic_head, description="laion-v2, or a path, perhaps with @sha256:HEX"
+    )
+
     log_format: Literal["text", "json"] = Field(default="text", description="of the log: for people or for machines")
 
     @property
@@ -71,9 +96,27 @@ class Settings(BaseSettings):
         )
 
     @property
+    def reward_options(self) -> RewardOptions:
+        """What the built-in rewards are told."""
+        return RewardOptions(
+            clip_model=self.clip_model,
+            clip_weights=self.clip_weights,
+            clip_prompt=self.clip_prompt,
+            aesthetic_weights=self.aesthetic_weights,
+            aesthetic_head=self.aesthetic_head,
+            runtime=Runtime(self.device, self.precision, self.compile, self.max_batch, self.cache_dir),
+        )
+
+    @property
     def images_per_job(self) -> int:
         """Images in one job: no more than one forward pass may hold."""
         return min(self.job_images, self.max_batch)
+
+    @field_validator("clip_weights", "aesthetic_weights", "aesthetic_head")
+    @classmethod
+    def _names_weights(cls, text: str) -> str:
+        parse_source(text)
+        return text
 
     @field_validator("token")
     @classmethod

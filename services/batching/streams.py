@@ -27,6 +27,8 @@ KEY_TTL_MS = 3_600_000
 REPLY_TTL_MS = 600_000
 OVERDUE_MS = 1000
 """How long after its deadline a job is dropped by whoever tidies up; until then its API does it."""
+TROUBLE_TTL_MS = 600_000
+"""How long it is told why a worker could not start; longer than an orchestrator waits between two attempts."""
 FORGET_MS = 600_000
 """Silence after which a worker without jobs is struck off the group."""
 STREAM_TTL_MS = 7 * 24 * 3_600_000
@@ -112,6 +114,11 @@ class Keys:
     def alive(self) -> str:
         """Exists while at least one warm worker lives."""
         return f"{self.prefix}:alive"
+
+    @property
+    def trouble(self) -> str:
+        """Why the last worker could not load the reward; gone once one could."""
+        return f"{self.prefix}:trouble"
 
     def payload(self, uid: str) -> str:
         """Pixels and prompts of a job, as safetensors."""
@@ -305,6 +312,13 @@ class WorkQueue:
     async def keep_alive(self) -> None:
         """Say that a warm worker lives, for one lease."""
         await say_alive(self._redis, self._keys.alive, self._lease_ms)
+
+    async def note_trouble(self, reason: str | None) -> None:
+        """Tell the APIs why this worker cannot start, or, with None, that one could."""
+        if reason is None:
+            await self._redis.delete(self._keys.trouble)
+        else:
+            await self._redis.set(self._keys.trouble, reason, px=TROUBLE_TTL_MS)
 
     async def drop(self, delivery: Delivery) -> None:
         """Remove a job that nobody waits for."""

@@ -173,6 +173,18 @@ class SubmitQueue:
         except (RedisError, OSError) as error:
             raise QueueAway.of(error) from error
 
+    async def trouble(self) -> str:
+        """Why the last worker that tried could not load the reward; empty if none has tried and failed.
+
+        Raises:
+            QueueAway: Redis cannot be reached.
+        """
+        try:
+            reason: Any = await self._redis.get(self._keys.trouble)
+        except (RedisError, OSError) as error:
+            raise QueueAway.of(error) from error
+        return "" if reason is None else reason.decode()
+
     async def survey(self) -> Survey:
         """What can be seen of the queue now, over all APIs and workers.
 

@@ -29,12 +29,14 @@ class Prepared:
         jobs: its images and prompts, in order.
         images: how many images.
         size_bytes: of their pixels.
+        has_prompts: whether there is one for each image.
         digest: of images and prompts, the same for the same pictures in any body; empty if it was not asked for.
     """
 
     jobs: Sequence[Job]
     images: int
     size_bytes: int
+    has_prompts: bool
     digest: str
 
 
@@ -83,6 +85,7 @@ def prepare(
         jobs=split_batch(batch, job_images=job_images, job_bytes=job_bytes),
         images=len(batch.images_HWC),
         size_bytes=sum(image_HWC.nbytes for image_HWC in batch.images_HWC),
+        has_prompts=batch.prompts is not None,
         digest=digest_of(batch) if digests else "",
     )
 

@@ -246,6 +246,8 @@ def info_of(reward: Reward, limits: Limits) -> Info:
         high=reward.high,
         higher_is_better=reward.higher_is_better,
         uses_prompts=reward.uses_prompts,
+        needs_prompts=reward.needs_prompts,
+        scale=reward.scale,
         bodies=list(MEDIA_TYPES),
         limits=limits,
     )

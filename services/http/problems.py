@@ -40,6 +40,7 @@ KINDS: dict[str, Kind] = {
     "batch-too-large": Kind(413, "300 images in one request, limit 256: split the batch"),
     "unsupported-media-type": Kind(415, "the body is 'text/plain', must be one of …: set Content-Type"),
     "unreadable-item": Kind(422, "image 1 cannot be read as PNG, JPEG, WEBP (OSError): send a whole file"),
+    "prompts-missing": Kind(422, "clip compares with a prompt, and the request has none: send one for each image"),
     "idempotency-key-reused": Kind(
         422, "this Idempotency-Key was used for other images or prompts: make a new key for them"
     ),

@@ -37,6 +37,8 @@ class Queue(Protocol):
 
     async def ready(self) -> bool: ...
 
+    async def trouble(self) -> str: ...
+
     async def survey(self) -> Survey: ...
 
     async def score(self, jobs: Sequence[Job], *, deadline_s: float, request: str) -> list[Reply]: ...
@@ -101,10 +103,12 @@ class ScoreService:
         self._refuse_when_draining()
         try:
             ready = await self.queue.ready()
+            trouble = "" if ready else await self.queue.trouble()
         except QueueAway as error:
             raise self._not_ready(f"{error}: wait until it is back") from error
         if not ready:
-            raise self._not_ready(f"no worker for {self.info.name} {self.info.version} is ready: start one, or wait")
+            detail = f"no worker for {self.info.name} {self.info.version} is ready: start one, or wait"
+            raise self._not_ready(f"{detail}; the last that tried: {trouble}" if trouble else detail)
         return Readiness()
 
     async def score(self, request: Request, request_id: str) -> Answer:
@@ -129,6 +133,8 @@ class ScoreService:
             self.metrics.observe_phase("read", read_s - started_s)
             prepared = await self._prepare(decode, body, digests=key is not None)
             del body
+            if self.info.needs_prompts and not prepared.has_prompts:
+                raise ProblemError("prompts-missing", self._prompts_missing())
             self.metrics.observe_phase("decode", time.monotonic() - read_s)
             self.metrics.observe_size(prepared.images)
             share.grow_to(prepared.size_bytes)
@@ -207,6 +213,9 @@ class ScoreService:
             )
             raise ProblemError("malformed-request", detail)
         return min(int(text) / 1000, self.settings.max_deadline_s)
+
+    def _prompts_missing(self) -> str:
+        return f"{self.info.name} compares with a prompt, and the request has none: send one for each image"
 
     def _refuse_when_draining(self) -> None:
         if self.draining:

@@ -10,15 +10,21 @@ from typing import Any
 
 from services.rewards.anyone import UnfitReward, complete
 from services.rewards.base import Reward
+from services.rewards.options import RewardOptions
 
 REWARDS = {
     "brightness": "services.rewards.brightness:Brightness",
+    "clip": "services.rewards.clip:Clip",
+    "aesthetic": "services.rewards.aesthetic:Aesthetic",
+    "mini-clip": "services.rewards.clip:MiniatureClip",
+    "mini-aesthetic": "services.rewards.aesthetic:MiniatureAesthetic",
 }
 """Name of each reward and the class behind it, as `module:Class`."""
 
 ENTRY_POINT_GROUP = "var_grpo.rewards"
 """Where an installed package names rewards of its own, as `name = "module:Class"`."""
 BUILT_IN = "built in"
+UNTOLD = RewardOptions()
 
 
 class UnknownReward(ValueError):
@@ -66,12 +72,13 @@ def check_names(names: Sequence[str]) -> None:
             raise UnknownReward(f"reward {name!r} is given twice: give each once")
 
 
-def create_reward(name: str) -> Reward:
+def create_reward(name: str, options: RewardOptions = UNTOLD) -> Reward:
     """Create a reward by its name, or by `module:Class` for one that lives elsewhere.
 
     Args:
         name: of a built-in or installed reward, or an importable `module:Class`; all that the class must have is
             `score(images, prompts)`, see `services.rewards.anyone`.
+        options: for a class with a method `configured`, which then creates it; the built-in models have one.
 
     Returns:
         The reward, not yet warmed up.
@@ -87,9 +94,11 @@ def create_reward(name: str) -> Reward:
         raise UnknownReward(
             f"reward {name!r} cannot be imported: {_one_line(error)}; give an importable module:Class"
         ) from error
-    _check_constructor(found, target)
+    configured = getattr(found, "configured", None)
+    if configured is None:
+        _check_constructor(found, target)
     try:
-        return complete(found())
+        return complete(found() if configured is None else configured(options))
     except UnfitReward as error:
         raise UnknownReward(f"{target} is no reward: {error}") from error
     except Exception as error:

@@ -21,6 +21,8 @@ DEFAULTS: dict[str, Any] = {
     "high": None,
     "higher_is_better": True,
     "uses_prompts": False,
+    "needs_prompts": False,
+    "scale": "",
 }
 """What a reward is taken to say where it says nothing; its name is made of its class's, and it has nothing to load."""
 
@@ -66,6 +68,8 @@ class Completed:
         high: float | None,
         higher_is_better: bool,
         uses_prompts: bool,
+        needs_prompts: bool,
+        scale: str,
     ) -> None:
         self._reward = reward
         self.name = name
@@ -74,6 +78,8 @@ class Completed:
         self.high = high
         self.higher_is_better = higher_is_better
         self.uses_prompts = uses_prompts
+        self.needs_prompts = needs_prompts
+        self.scale = scale
 
     def warmup(self) -> None:
         """Whatever the object does, if anything."""
@@ -126,6 +132,10 @@ def _check_members(members: dict[str, Any]) -> None:
     low, high = members["low"], members["high"]
     if low is not None and high is not None and low > high:
         raise UnfitReward(f"its low is {low}, above its high of {high}: exchange them")
-    for switch in ("higher_is_better", "uses_prompts"):
+    for switch in ("higher_is_better", "uses_prompts", "needs_prompts"):
         if not isinstance(members[switch], bool):
             raise UnfitReward(f"its {switch} is {members[switch]!r}: give True or False")
+    if members["needs_prompts"] and not members["uses_prompts"]:
+        raise UnfitReward("it needs prompts and does not use them: set uses_prompts = True, or needs_prompts = False")
+    if not isinstance(members["scale"], str):
+        raise UnfitReward(f"its scale is {members['scale']!r}: say in a string what the numbers are")

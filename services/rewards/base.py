@@ -42,6 +42,14 @@ class Reward(Protocol):
     def uses_prompts(self) -> bool:
         """Whether the prompts change the score."""
 
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether there is no score without a prompt."""
+
+    @property
+    def scale(self) -> str:
+        """What the numbers are, in a few words; may be empty."""
+
     def warmup(self) -> None:
         """Load the weights and run once, so that the first request is not the slow one."""
 

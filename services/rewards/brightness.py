@@ -21,6 +21,8 @@ class Brightness:
     high: float | None = sum(LUMA_C)
     higher_is_better = True
     uses_prompts = False
+    needs_prompts = False
+    scale = "mean luma, from 0 for black to nearly 1 for white"
 
     def warmup(self) -> None:
         """Nothing to load."""

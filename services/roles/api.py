@@ -44,7 +44,7 @@ def run_api(name: str, listener: socket.socket, redis_url: str, settings: Settin
         StartError: the application does not start.
     """
     return_freed_memory()
-    reward = create_reward(name)
+    reward = create_reward(name, settings.reward_options)
 
     @contextlib.asynccontextmanager
     async def open_queue() -> AsyncIterator[SubmitQueue]:

@@ -9,6 +9,8 @@ import signal
 import uuid
 from collections.abc import Iterator
 
+from redis.exceptions import RedisError
+
 from services.batching.streams import Keys, WorkQueue, connect
 from services.batching.worker import QueueGone, ScorerHung, Worker, WorkerLimits
 from services.processes import EXIT_INTERRUPTED, StartError, announce, describe, stop_on_signals
@@ -40,7 +42,9 @@ def run_worker(name: str, redis_url: str, settings: Settings, *, announces: bool
         services.rewards.UnknownReward: there is no such reward.
         StartError: Redis stayed away.
     """
-    return asyncio.run(_work(create_reward(name), name, redis_url, settings, announces=announces))
+    return asyncio.run(
+        _work(create_reward(name, settings.reward_options), name, redis_url, settings, announces=announces)
+    )
 
 
 @contextlib.contextmanager
@@ -82,7 +86,7 @@ async def _work(reward: Reward, name: str, redis_url: str, settings: Settings, *
             announce({"worker": name})
 
     try:
-        if await _warm_up(worker, name, stop):
+        if await _warm_up(worker, queue, name, stop):
             await worker.run(stop, on_ready=on_ready)
     except ScorerHung as error:
         logger.error("%s: the worker ends; others take over its jobs", error)
@@ -99,7 +103,7 @@ async def _work(reward: Reward, name: str, redis_url: str, settings: Settings, *
     return code
 
 
-async def _warm_up(worker: Worker, name: str, stop: asyncio.Event) -> bool:
+async def _warm_up(worker: Worker, queue: WorkQueue, name: str, stop: asyncio.Event) -> bool:
     """Load the reward's model; False if told to stop before it was done.
 
     Raises:
@@ -114,5 +118,16 @@ async def _warm_up(worker: Worker, name: str, stop: asyncio.Event) -> bool:
         await warming
     except Exception as error:
         logger.info("the reward cannot be loaded", exc_info=True)
-        raise StartError(f"reward {name!r} cannot be loaded: {describe(error)}") from error
+        reason = f"reward {name!r} cannot be loaded: {describe(error)}"
+        await _note_trouble(queue, reason)
+        raise StartError(reason) from error
+    await _note_trouble(queue, None)
     return True
+
+
+async def _note_trouble(queue: WorkQueue, reason: str | None) -> None:
+    """Have the APIs say why there is no worker, where Redis can be reached."""
+    try:
+        await queue.note_trouble(reason)
+    except (RedisError, OSError) as error:
+        logger.warning("the queue cannot be told how the start went: %s", describe(error))

@@ -28,6 +28,12 @@ class Nan(Brightness):
         return scores_B
 
 
+class Choosy(Brightness):
+    """Has no score without a prompt."""
+
+    name, uses_prompts, needs_prompts, scale = "choosy", True, True, "made for a test"
+
+
 class Short(Brightness):
     """Gives one score too few."""
 

@@ -13,6 +13,7 @@ from services.batching.errors import KeyReused, QueueAway, QueueError
 from services.batching.streams import Reply
 from services.batching.submit import Job
 from services.batching.survey import Survey
+from services.rewards.base import Reward
 from services.rewards.brightness import Brightness
 from services.settings import Settings
 from tests.services.conftest import random_images
@@ -30,6 +31,7 @@ class FakeQueue:
         self.error: QueueError | None = None
         self.lose = 0
         self.is_ready = True
+        self.failed_start = ""
         self.deadlines_s: list[float] = []
         self.requests: list[str] = []
         self.started = asyncio.Event()
@@ -41,6 +43,9 @@ class FakeQueue:
         if isinstance(self.error, QueueAway):
             raise self.error
         return self.is_ready
+
+    async def trouble(self) -> str:
+        return self.failed_start
 
     async def survey(self) -> Survey:
         if self.seen is None:
@@ -77,7 +82,7 @@ class FakeQueue:
 
 @contextlib.asynccontextmanager
 async def serving(
-    queue: FakeQueue, settings: Settings = SETTINGS, *, raises: bool = True
+    queue: FakeQueue, settings: Settings = SETTINGS, *, raises: bool = True, reward: Reward | None = None
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the application."""
 
@@ -85,7 +90,7 @@ async def serving(
     async def open_queue() -> AsyncIterator[FakeQueue]:
         yield queue
 
-    app = create_app(Brightness(), settings, open_queue)
+    app = create_app(reward or Brightness(), settings, open_queue)
     transport = httpx.ASGITransport(app, raise_app_exceptions=raises)
     async with (
         app.router.lifespan_context(app),

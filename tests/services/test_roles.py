@@ -1,6 +1,7 @@
 """API and worker as processes of their own, as an orchestrator runs them."""
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from services.images import encode_batch
 from services.protocol import HEADER_REQUEST_ID, MEDIA_SAFETENSORS
 from services.redis_server import RedisServer
 from services.rewards.brightness import Brightness
+from services.rewards.clip import miniature_source
+from services.rewards.sources import sha256_of
 from tests.services.conftest import Process, random_images, wait_until
 
 pytestmark = pytest.mark.redis
@@ -117,6 +120,34 @@ def test_an_api_without_redis_says_so_until_it_is_there(start: Start, tmp_path: 
         redis.revive()
         wait_until(lambda: httpx.get(f"{url}/readyz", trust_env=False).status_code == 200)
         assert_scored(post(url, images_BHWC), images_BHWC)
+
+
+def test_readiness_tells_why_the_worker_could_not_start(start: Start, redis_url: str, tmp_path: Path) -> None:
+    """Weights that are missing: one line and exit code 1 of the worker, 503 with the reason of the API."""
+    weights = tmp_path / "clip.safetensors"
+    digest = sha256_of(miniature_source("clip").path)  # type: ignore[arg-type]
+    environment = {
+        "REDIS_URL": redis_url,
+        "REWARD_CLIP_MODEL": "mini-clip",
+        "REWARD_CLIP_WEIGHTS": f"{weights}@sha256:{digest}",
+    }
+    url = start("api", "clip", "--port", "0", "--announce", **environment).url()
+    worker = start("worker", "clip", **environment)
+    assert worker.wait() == 1
+    last = worker.errors().splitlines()[-1]
+    assert last.startswith("error: reward 'clip' cannot be loaded:")
+    assert f"weights {weights}: the file does not exist" in last
+    answer = httpx.get(f"{url}/readyz", trust_env=False)
+    assert answer.status_code == 503
+    assert f"weights {weights}: the file does not exist" in answer.json()["detail"]
+    weights.write_bytes(b"altered")
+    assert start("worker", "clip", **environment).wait() == 1
+    assert "altered or cut short" in httpx.get(f"{url}/readyz", trust_env=False).json()["detail"]
+    shutil.copy(miniature_source("clip").path, weights)  # type: ignore[arg-type]
+    start("worker", "clip", "--announce", **environment).announced()
+    assert httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
+    with Redis.from_url(redis_url) as redis:
+        assert not [key for key in redis.keys("*") if key.endswith(b":trouble")]  # type: ignore[union-attr]
 
 
 def test_a_worker_that_redis_has_left_ends_in_one_line(start: Start) -> None:

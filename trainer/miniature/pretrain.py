@@ -1,4 +1,6 @@
-"""Makes the miniature's weights: `python -m trainer.miniature.pretrain {vqvae,label,style,var,all,measure,pictures}`.
+"""Makes the miniature's weights: `python -m trainer.miniature.pretrain STAGE`.
+
+STAGE is `vqvae`, `label`, `style`, `var`, `clip` or `aesthetic`, or `all` of them, `measure` or `pictures`.
 
 Each stage renders its pictures, trains, stores its weights under `trainer/miniature/weights/`, measures them on
 held-out seeds and writes its record beside them. A stage that was interrupted goes on where it was saved; `measure`
@@ -8,6 +10,7 @@ measures the stored weights anew.
 import argparse
 import hashlib
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +24,18 @@ from rich.markup import escape
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.miniature import classifiers, objects, prior, quality, render, tokenizer
+from services.rewards.clip import MINIATURE_MODEL, miniature_source
+from services.rewards.encoder import Encoder
+from services.rewards.openclip import MINIATURE
+from services.rewards.options import STANDARD
+from trainer.miniature import aesthetic, captions, classifiers, clip, objects, prior, quality, render, tokenizer
 from trainer.miniature.classifiers import Kind
 from trainer.miniature.objects import CLASSES
 from trainer.miniature.render import POLICY_WORLD, WIDE_WORLD, Renders, World, render_set
 from trainer.miniature.weights import FILES, record_metrics, record_training, sha256
 from trainer.models.checkpoints import CheckpointError, load_vqvae, save_var, save_vqvae, write_atomically
 
-Stage = Literal["vqvae", "label", "style", "var"]
+Stage = Literal["vqvae", "label", "style", "var", "clip", "aesthetic"]
 PICTURES, POLICY_PICTURES = 48_000, 96_000
 TOKENIZER_SEED, POLICY_SEED = 1, 2  # of the rendered sets; evaluation uses `HELD_OUT_SEED`
 STORED = torch.float16
@@ -118,18 +125,36 @@ def swap_fine_scales(tokens_NL: Tensor, groups_N: NDArray[np.int64], lengths: Se
     return mixed_NL
 
 
+def through_tokenizer(renders: Renders, malformed: NDArray[np.int64], seed: int) -> None:
+    """Lets every second round of classes pass the tokenizer, in place, as what is to be judged in training will have.
+
+    Args:
+        renders: classes take turns in it.
+        malformed: of the rows that pass, those whose fine scales become another picture's of the same style.
+        seed: of these draws.
+    """
+    vqvae = load_vqvae(FILES["vqvae"])
+    rows = passing_rows(len(renders.images))
+    tokens_NL = prior.tokenize(vqvae, renders.images[rows])
+    mixed = np.isin(rows, malformed)
+    tokens_NL[mixed] = swap_fine_scales(tokens_NL[mixed], renders.styles[rows[mixed]], vqvae.quantize.lengths, seed)
+    renders.images[rows] = quality.decode_tokens(vqvae, tokens_NL)
+
+
+def passing_rows(count: int) -> NDArray[np.int64]:
+    """The rows of every second round of classes, which take turns."""
+    return np.flatnonzero(np.arange(count) // len(CLASSES) % 2)
+
+
 def train_judge(kind: Kind, job: Job) -> None:
     """Trains and stores one classifier.
 
     It will judge samples, which come out of the decoder, so half of what it learns from has passed the tokenizer. An
     object that the policy draws badly is still of its style: the judge of styles sees those pictures malformed.
     """
-    vqvae, renders = load_vqvae(FILES["vqvae"]), rendered(job, TOKENIZER_SEED, PICTURES, WIDE_WORLD)
-    rows = np.flatnonzero(np.arange(PICTURES) // len(CLASSES) % 2)  # classes take turns: every second round of them
-    tokens_NL = prior.tokenize(vqvae, renders.images[rows])
-    if kind == "style":
-        tokens_NL = swap_fine_scales(tokens_NL, renders.styles[rows], vqvae.quantize.lengths, job.seed)
-    renders.images[rows] = quality.decode_tokens(vqvae, tokens_NL)
+    renders = rendered(job, TOKENIZER_SEED, PICTURES, WIDE_WORLD)
+    malformed = passing_rows(PICTURES) if kind == "style" else np.array([], dtype=np.int64)
+    through_tokenizer(renders, malformed, job.seed)
     schedule = classifiers.SCHEDULES[kind]
     origin = (job.seed, schedule, PICTURES, WIDE_WORLD, sha256(FILES["vqvae"]))
     state = job.kept(f"{kind}.pt", *origin)
@@ -152,11 +177,52 @@ def train_var(job: Job) -> None:
     record_training("var", fitted.seconds, job.seed, prior.SCHEDULE, renderer=RENDERER_NAME)
 
 
+def reward_pictures(job: Job) -> tuple[Renders, NDArray[np.int64]]:
+    """What the reward models learn from, and what may be said of each picture, int64 (N, 6).
+
+    Half of the pictures have passed the tokenizer, a third of those malformed: of them style, colours and contrast
+    alone are told.
+    """
+    renders = rendered(job, TOKENIZER_SEED, PICTURES, WIDE_WORLD)
+    malformed = passing_rows(PICTURES)[::3]
+    through_tokenizer(renders, malformed, job.seed)
+    traits_NK = captions.traits_of(renders)
+    for kind in ("noun", "hue", "light"):
+        traits_NK[malformed, captions.KINDS.index(kind)] = captions.UNSAID
+    return renders, traits_NK
+
+
+def train_clip(job: Job) -> None:
+    """Trains and stores the miniature's CLIP."""
+    renders, traits_NK = reward_pictures(job)
+    origin = (job.seed, clip.SCHEDULE, clip.KEEP, clip.RINGING, MINIATURE.read_text(), PICTURES, sha256(FILES["vqvae"]))
+    state = job.kept("clip.pt", *origin)
+    fitted = clip.train(renders.images, traits_NK, seed=job.seed, state=state, device=job.device)
+    weights = clip.stored(fitted.model, STORED)
+    needed = sum(entry.nbytes for entry in weights.values())
+    write_atomically(FILES["clip"], needed, lambda temporary: save_file(weights, temporary))
+    record_training("clip", fitted.seconds, job.seed, clip.SCHEDULE, renderer=RENDERER_NAME)
+
+
+def train_aesthetic(job: Job) -> None:
+    """Fits and stores the aesthetic head over the stored CLIP."""
+    renders, _ = reward_pictures(job)
+    encoder = Encoder(MINIATURE_MODEL, miniature_source("clip"), STANDARD)
+    vectors_ND = encoder.images(renders.images)
+    began_s = time.monotonic()
+    weights = aesthetic.fit_head(vectors_ND.cpu(), renders.images)
+    seconds = time.monotonic() - began_s
+    write_atomically(FILES["aesthetic"], 4096, lambda temporary: save_file(weights, temporary))
+    record_training("aesthetic", seconds, job.seed, None, renderer=RENDERER_NAME)
+
+
 TRAIN: dict[Stage, Callable[[Job], None]] = {
     "vqvae": train_vqvae,
     "label": lambda job: train_judge("label", job),
     "style": lambda job: train_judge("style", job),
     "var": train_var,
+    "clip": train_clip,
+    "aesthetic": train_aesthetic,
 }
 
 

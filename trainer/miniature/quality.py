@@ -3,6 +3,7 @@
 Shape legend: B images · H, W pixels.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from services.rewards.aesthetic import MiniatureAesthetic
+from services.rewards.clip import MINIATURE_MODEL, miniature_source
+from services.rewards.encoder import Encoder
+from services.rewards.options import STANDARD, RewardOptions
+from trainer.miniature.aesthetic import auc, rank_correlation
+from trainer.miniature.captions import with_article
 from trainer.miniature.classifiers import Kind, accuracy, predict
 from trainer.miniature.objects import CLASSES
 from trainer.miniature.prior import tokenize
+from trainer.miniature.rating import rating
 from trainer.miniature.render import HELD_OUT_SEED, LUMA, POLICY_WORLD, STYLES, WIDE_WORLD, Renders, World, render_set
 from trainer.miniature.tokenizer import psnr, to_float
 from trainer.miniature.weights import FILES, load_classifier
@@ -117,6 +125,39 @@ def judge_quality(kind: Kind) -> dict[str, float]:
     }
 
 
+def cosines(encoder: Encoder, images: Images, texts: Sequence[str]) -> NDArray[np.float64]:
+    """Cosines of images with texts, float64 (B, T)."""
+    return (encoder.images(images) @ encoder.texts(texts).T).double().cpu().numpy()
+
+
+def clip_quality() -> dict[str, float]:
+    """Zero-shot accuracies of the miniature's CLIP, and how well the prompts of the recipes tell their styles."""
+    encoder, wide = Encoder(MINIATURE_MODEL, miniature_source("clip"), STANDARD), held_out(2 * EVALUATED)
+    restored = reconstruct(load_vqvae(FILES["vqvae"]), wide.images)
+    metrics: dict[str, float] = {}
+    for name, images in (("renders", wide.images), ("reconstructions", restored)):
+        for kind, names, targets in (("style", STYLES, wide.styles), ("class", CLASSES, wide.labels)):
+            chosen = cosines(encoder, images, [with_article(name) for name in names]).argmax(axis=1)
+            metrics[f"zero_shot_{kind}/{name}"] = float((chosen == targets).mean())
+        for style in ("old picture", "painting"):
+            scores = cosines(encoder, images, [with_article(style)])[:, 0]
+            metrics[f"auc/{style}/{name}"] = auc(scores, wide.styles == STYLES.index(style))
+    return metrics
+
+
+def aesthetic_quality() -> dict[str, float]:
+    """How well the miniature's aesthetic score orders pictures as the rule does."""
+    reward, wide = MiniatureAesthetic.configured(RewardOptions()), held_out(2 * EVALUATED)
+    reward.warmup()
+    restored = reconstruct(load_vqvae(FILES["vqvae"]), wide.images)
+    metrics: dict[str, float] = {}
+    for name, images in (("renders", wide.images), ("reconstructions", restored)):
+        scores, ratings = reward.score(images, None), rating(images)
+        metrics[f"rank_correlation/{name}"] = rank_correlation(scores, ratings)
+        metrics[f"mean_error/{name}"] = float(np.abs(scores - ratings).mean())
+    return metrics
+
+
 def policy_quality(var: VAR, vqvae: VQVAE) -> dict[str, float]:
     """The bar of docs/miniature.md for the pre-trained policy."""
     label, style = load_classifier("label"), load_classifier("style")
@@ -150,14 +191,29 @@ def measure(stage: str) -> dict[str, float]:
     """
     if stage in ("label", "style"):
         return judge_quality("label" if stage == "label" else "style")
+    if stage == "clip":
+        return clip_quality()
+    if stage == "aesthetic":
+        return aesthetic_quality()
     vqvae = load_vqvae(FILES["vqvae"])
     if stage == "vqvae":
         return tokenizer_quality(vqvae, held_out(EVALUATED))
     return policy_quality(load_var(FILES["var"]), vqvae)
 
 
+def save_extremes(path: Path, images: Images) -> None:
+    """A grid of the ten best and the ten worst pictures: two rows by the rule, then two by the aesthetic head."""
+    reward = MiniatureAesthetic.configured(RewardOptions())
+    reward.warmup()
+    rows = []
+    for scores in (rating(images), reward.score(images, None)):
+        order = np.argsort(scores)
+        rows += [*order[-1:-11:-1], *order[:10]]
+    save_grid(path, images[rows], columns=10)
+
+
 def save_pictures(folder: Path) -> None:
-    """Grids of renders (a row a style), of reconstructions (below each original) and of samples.
+    """Grids of renders (a row a style), reconstructions (below each original), best and worst renders, and samples.
 
     Raises:
         CheckpointError: weights are missing.
@@ -174,6 +230,7 @@ def save_pictures(folder: Path) -> None:
     restored = reconstruct(vqvae, originals)
     pairs = np.stack([originals.reshape(4, 16, *originals.shape[1:]), restored.reshape(4, 16, *originals.shape[1:])], 1)
     save_grid(folder / "reconstructions.png", pairs.reshape(-1, *originals.shape[1:]), columns=len(CLASSES))
+    save_extremes(folder / "aesthetic.png", every.images)
     for name, sampling in (("temperature_1", PLAIN), ("temperature_0.7", COOL), ("inference", INFERENCE)):
         images = draw(var, vqvae, 64, sampling, seed=PICTURES_SEED)
         save_grid(folder / f"samples_{name}.png", images, columns=len(CLASSES))

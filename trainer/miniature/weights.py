@@ -16,13 +16,17 @@ from trainer.miniature.fitting import Schedule
 from trainer.models.checkpoints import CheckpointError, write_atomically
 
 FOLDER = Path(str(resources.files("trainer.miniature") / "weights"))
+REWARDS_FOLDER = Path(str(resources.files("services.rewards") / "weights"))
+"""The rewards' weights are part of the services, which run without the trainer."""
 FILES = {
     "vqvae": FOLDER / "vqvae.safetensors",
     "label": FOLDER / "label_classifier.safetensors",
     "style": FOLDER / "style_classifier.safetensors",
     "var": FOLDER / "var.safetensors",
+    "clip": REWARDS_FOLDER / "mini-clip.safetensors",
+    "aesthetic": REWARDS_FOLDER / "mini-aesthetic.safetensors",
 }
-METRICS_FILE = FOLDER / "metrics.json"
+RECORDS = "metrics.json"
 
 
 def load_classifier(kind: Kind, *, device: str | torch.device = "cpu") -> Classifier:
@@ -53,14 +57,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def record_training(stage: str, seconds: float, seed: int, schedule: Schedule, *, renderer: str) -> None:
+def record_training(stage: str, seconds: float, seed: int, schedule: Schedule | None, *, renderer: str) -> None:
     """Writes down how a stage's weights were made, beside them; its metrics are forgotten until they are measured.
 
     Args:
         stage: whose weights they are.
         seconds: of training.
         seed: of training.
-        schedule: of training.
+        schedule: of training; None where a solution was computed at once.
         renderer: names the code that drew the pictures.
     """
     seeded = f" --seed {seed}" if seed else ""
@@ -70,7 +74,7 @@ def record_training(stage: str, seconds: float, seed: int, schedule: Schedule, *
             "command": f"python -m trainer.miniature.pretrain {stage}{seeded}",
             "sha256": sha256(FILES[stage]),
             "seed": seed,
-            "schedule": asdict(schedule),
+            "schedule": None if schedule is None else asdict(schedule),
             "seconds": round(seconds),
             "hardware": torch.cuda.get_device_name()
             if torch.cuda.is_available()
@@ -88,10 +92,19 @@ def record_metrics(stage: str, metrics: dict[str, float]) -> None:
 
 def read_records() -> dict[str, dict[str, Any]]:
     """The record of every stage: command, sha256 of the file, seed, schedule, seconds, hardware, metrics."""
-    records: dict[str, dict[str, Any]] = json.loads(METRICS_FILE.read_text()) if METRICS_FILE.exists() else {}
+    return _read(FOLDER / RECORDS) | _read(REWARDS_FOLDER / RECORDS)
+
+
+def _record_file(stage: str) -> Path:
+    return FILES[stage].with_name(RECORDS)
+
+
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    records: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     return records
 
 
 def _record(stage: str, content: dict[str, Any]) -> None:
-    text = json.dumps(read_records() | {stage: content}, indent=2) + "\n"
-    write_atomically(METRICS_FILE, len(text), lambda temporary: temporary.write_text(text))
+    file = _record_file(stage)
+    text = json.dumps(_read(file) | {stage: content}, indent=2) + "\n"
+    write_atomically(file, len(text), lambda temporary: temporary.write_text(text))

@@ -56,7 +56,7 @@ def test_an_unknown_reward_is_refused_with_those_known(name: str) -> None:
 def test_a_name_is_checked_without_an_import() -> None:
     """`check_names` knows the registry only; each name may come once."""
     check_names(["no.such.module:Class", "brightness"])
-    with pytest.raises(UnknownReward, match="known: brightness"):
+    with pytest.raises(UnknownReward, match="known: aesthetic, brightness, clip"):
         check_names(["dark"])
     with pytest.raises(UnknownReward, match="twice"):
         check_names(["brightness", "brightness"])
