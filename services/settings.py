@@ -74,7 +74,10 @@ class Settings(BaseSettings):
         default=DEFAULTS.clip_weights, description="a pretrained tag of it, or a path, perhaps with @sha256:HEX"
     )
     clip_prompt: str | None = Field(
-        default=None, description="prompt of `clip` and `mini-clip` for requests without prompts"
+        default=None,
+        min_length=1,
+        max_length=1000,
+        description="prompt of `clip` and `mini-clip` for requests without prompts",
     )
     aesthetic_weights: str = Field(
         default=DEFAULTS.aesthetic_weights, description="likewise, of the ViT-L/14 under `aesthetic`"

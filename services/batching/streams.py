@@ -27,8 +27,8 @@ KEY_TTL_MS = 3_600_000
 REPLY_TTL_MS = 600_000
 OVERDUE_MS = 1000
 """How long after its deadline a job is dropped by whoever tidies up; until then its API does it."""
-TROUBLE_TTL_MS = 600_000
-"""How long it is told why a worker could not start; longer than an orchestrator waits between two attempts."""
+START_TTL_MS = 600_000
+"""How long it is told how a worker's start went; longer than an orchestrator waits between two attempts."""
 FORGET_MS = 600_000
 """Silence after which a worker without jobs is struck off the group."""
 STREAM_TTL_MS = 7 * 24 * 3_600_000
@@ -116,9 +116,9 @@ class Keys:
         return f"{self.prefix}:alive"
 
     @property
-    def trouble(self) -> str:
-        """Why the last worker could not load the reward; gone once one could."""
-        return f"{self.prefix}:trouble"
+    def start(self) -> str:
+        """How the last start of a worker went, of whatever version: API and workers may have been told differently."""
+        return f"reward:{self.reward}:start"
 
     def payload(self, uid: str) -> str:
         """Pixels and prompts of a job, as safetensors."""
@@ -313,12 +313,10 @@ class WorkQueue:
         """Say that a warm worker lives, for one lease."""
         await say_alive(self._redis, self._keys.alive, self._lease_ms)
 
-    async def note_trouble(self, reason: str | None) -> None:
-        """Tell the APIs why this worker cannot start, or, with None, that one could."""
-        if reason is None:
-            await self._redis.delete(self._keys.trouble)
-        else:
-            await self._redis.set(self._keys.trouble, reason, px=TROUBLE_TTL_MS)
+    async def note_start(self, trouble: str) -> None:
+        """Tell the APIs that this worker has started, or why it could not."""
+        note = json.dumps({"version": self._keys.version, "trouble": trouble})
+        await self._redis.set(self._keys.start, note, px=START_TTL_MS)
 
     async def drop(self, delivery: Delivery) -> None:
         """Remove a job that nobody waits for."""

@@ -5,6 +5,7 @@ What is submitted is kept until it is answered. Should Redis lose it, it is subm
 
 import asyncio
 import contextlib
+import json
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -174,16 +175,23 @@ class SubmitQueue:
             raise QueueAway.of(error) from error
 
     async def trouble(self) -> str:
-        """Why the last worker that tried could not load the reward; empty if none has tried and failed.
+        """What the last start of a worker tells about there being none; empty if nothing.
 
         Raises:
             QueueAway: Redis cannot be reached.
         """
         try:
-            reason: Any = await self._redis.get(self._keys.trouble)
+            note: Any = await self._redis.get(self._keys.start)
         except (RedisError, OSError) as error:
             raise QueueAway.of(error) from error
-        return "" if reason is None else reason.decode()
+        if note is None:
+            return ""
+        start = json.loads(note)
+        if start["trouble"]:
+            return f"the last that tried could not: {start['trouble']}"
+        if start["version"] != self._keys.version:
+            return f"the last that started is of version {start['version']}: give API and workers the same settings"
+        return ""
 
     async def survey(self) -> Survey:
         """What can be seen of the queue now, over all APIs and workers.

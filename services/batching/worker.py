@@ -21,7 +21,7 @@ from services.batching.batcher import Batcher
 from services.batching.streams import QUEUE_GONE, Delivery, Reply, WorkQueue, end
 from services.images import Batch, BodyError, decode_batch
 from services.protocol import Limits
-from services.rewards.base import Reward
+from services.rewards.base import Reward, UnfitImage
 
 logger = logging.getLogger(__name__)
 
@@ -286,7 +286,8 @@ class Worker:
                 return
             logger.exception("job cannot be scored", extra=_fields(works[0].delivery))
             line = str(error).splitlines()[0][:200] if str(error) else "no message"
-            works[0].reply = Reply(error=f"the reward failed: {type(error).__name__}: {line}")
+            index = error.index if isinstance(error, UnfitImage) else None
+            works[0].reply = Reply(error=f"the reward failed: {type(error).__name__}: {line}", index=index)
             return
         score_ms = 1000 * (time.perf_counter() - started_s)
         self._batch_sizes.append(len(images_BHWC))

@@ -108,7 +108,7 @@ class ScoreService:
             raise self._not_ready(f"{error}: wait until it is back") from error
         if not ready:
             detail = f"no worker for {self.info.name} {self.info.version} is ready: start one, or wait"
-            raise self._not_ready(f"{detail}; the last that tried: {trouble}" if trouble else detail)
+            raise self._not_ready(f"{detail}; {trouble}" if trouble else detail)
         return Readiness()
 
     async def score(self, request: Request, request_id: str) -> Answer:

@@ -23,6 +23,8 @@ REWARDS = {
 
 ENTRY_POINT_GROUP = "var_grpo.rewards"
 """Where an installed package names rewards of its own, as `name = "module:Class"`."""
+TOLD = ("clip", "aesthetic", "mini-clip", "mini-aesthetic")
+"""Those of `REWARDS` that are created from options, by `configured`."""
 BUILT_IN = "built in"
 UNTOLD = RewardOptions()
 
@@ -78,7 +80,7 @@ def create_reward(name: str, options: RewardOptions = UNTOLD) -> Reward:
     Args:
         name: of a built-in or installed reward, or an importable `module:Class`; all that the class must have is
             `score(images, prompts)`, see `services.rewards.anyone`.
-        options: for a class with a method `configured`, which then creates it; the built-in models have one.
+        options: what the built-in models are told.
 
     Returns:
         The reward, not yet warmed up.
@@ -94,11 +96,10 @@ def create_reward(name: str, options: RewardOptions = UNTOLD) -> Reward:
         raise UnknownReward(
             f"reward {name!r} cannot be imported: {_one_line(error)}; give an importable module:Class"
         ) from error
-    configured = getattr(found, "configured", None)
-    if configured is None:
+    if name not in TOLD:
         _check_constructor(found, target)
     try:
-        return complete(found() if configured is None else configured(options))
+        return complete(found.configured(options) if name in TOLD else found())
     except UnfitReward as error:
         raise UnknownReward(f"{target} is no reward: {error}") from error
     except Exception as error:

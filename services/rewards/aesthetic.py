@@ -55,9 +55,8 @@ class Aesthetic:
             head: `laion-v2`, or a file of linear layers.
             runtime: how it runs.
         """
-        self._model, self._source, self._head_source, self._runtime = model, source, head, runtime
-        identities = (source.identity(), head.identity())
-        self.version = version_of(model, str(head), REVISION, str(source), *identities, runtime.precision)
+        self._model, self._source, self._head_source, self._runtime = model, source.held(), head.held(), runtime
+        self.version = version_of(model, self._source, REVISION, self._head_source.identity(), runtime.precision)
         self._encoder: Encoder | None = None
         self._head: Affine | None = None
 

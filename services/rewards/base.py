@@ -10,6 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+class UnfitImage(ValueError):
+    """An image that this reward cannot score; the message says value, limit and remedy.
+
+    Attributes:
+        index: its position in the batch.
+    """
+
+    def __init__(self, message: str, index: int) -> None:
+        super().__init__(message)
+        self.index = index
+
+
 class Reward(Protocol):
     """A reward model.
 
@@ -64,5 +76,6 @@ class Reward(Protocol):
             One score for each image (B,), in order; each depends on its own image and prompt alone.
 
         Raises:
+            UnfitImage: one of the images is at fault.
             Exception: of any type, when the batch cannot be scored; a reward never answers with a made-up number.
         """

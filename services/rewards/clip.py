@@ -45,8 +45,8 @@ class Clip:
             prompt: for pictures that come without.
             runtime: how it runs.
         """
-        self._model, self._source, self._prompt, self._runtime = model, source, prompt, runtime
-        self.version = version_of(model, str(source), REVISION, source.identity(), prompt or "", runtime.precision)
+        self._model, self._source, self._prompt, self._runtime = model, source.held(), prompt, runtime
+        self.version = version_of(model, self._source, REVISION, prompt or "", runtime.precision)
         self.needs_prompts = prompt is None
         self._encoder: Encoder | None = None
 
@@ -107,8 +107,14 @@ def miniature_source(part: Literal["clip", "aesthetic"]) -> Source:
     return Source(None, WEIGHTS / f"mini-{part}.safetensors", record["sha256"])
 
 
-def version_of(model: str, weights: str, *parts: str) -> str:
-    """A version that names model and weights, as far as there is room, and differs where any of the parts differs."""
-    digest = hashlib.sha256(repr((model, weights, *parts)).encode()).hexdigest()[:8]
-    readable = f"{model}-{Path(weights).stem}"[:48]
+def version_of(model: str, weights: Source, *parts: str) -> str:
+    """A version that names the model, and its weights where they have a name, and differs where any part differs.
+
+    Args:
+        model: its name.
+        weights: a file is what it holds, wherever it is.
+        parts: whatever else changes a score.
+    """
+    digest = hashlib.sha256(repr((model, weights.identity(), *parts)).encode()).hexdigest()[:12]
+    readable = "-".join(part for part in (model, weights.name) if part)[:48]
     return f"{re.sub(r'[^A-Za-z0-9._-]', '_', readable)}-{digest}".lstrip("._-")

@@ -11,6 +11,7 @@ from typing import cast
 
 import numpy as np
 import torch
+import torch._dynamo as dynamo
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
@@ -18,13 +19,15 @@ from torch import Tensor
 from services.rewards.openclip import full_float32, load_clip
 from services.rewards.options import Runtime
 from services.rewards.pixels import Preprocessing
-from services.rewards.sources import Source
+from services.rewards.sources import Source, WeightsError
 
 logger = logging.getLogger(__name__)
 
 KEPT_TEXTS = 4096
 """Embeddings of texts that are remembered."""
 WARMUP_SIDE = 64
+RECOVER_AFTER = 64
+"""Full batches that must fit until larger ones are tried again."""
 
 
 class Encoder:
@@ -41,6 +44,7 @@ class Encoder:
         Raises:
             services.rewards.sources.WeightsError: it cannot be loaded.
         """
+        self._source = source
         self._device = device_of(runtime)
         model, self._tokenize, transform = load_clip(model_name, source, cache_dir=runtime.cache_dir)
         self._model = model.to(self._device)
@@ -49,6 +53,8 @@ class Encoder:
         self._sizes = BatchSizes(runtime.max_batch, bucketed=runtime.compiled)
         self._encode_image = cast(Callable[[Tensor], Tensor], self._model.encode_image)
         if runtime.compiled:
+            graphs = len(self._sizes.buckets) + 1  # beyond torch's limit a size would run as it was, uncompiled
+            dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, graphs)
             self._encode_image = torch.compile(self._encode_image, dynamic=False)
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
         self.dimensions = 0
@@ -57,11 +63,16 @@ class Encoder:
         """Run once for each size of batch that is worth it, so that no request waits for what a first run has to do.
 
         On a GPU the largest is one of them: should it exceed the memory, that is known before the first request.
+
+        Raises:
+            WeightsError: the weights are such that nothing finite comes of them.
         """
         largest = [] if self._device.type == "cpu" else [self._sizes.most]
         for size in self._sizes.buckets or [1, *largest]:
             vectors_BD = self.images(np.zeros((size, WARMUP_SIDE, WARMUP_SIDE, 3), dtype=np.uint8))
         self.dimensions = vectors_BD.shape[1]
+        if not vectors_BD.isfinite().all() or not self.texts(["a picture"]).isfinite().all():
+            raise WeightsError(f"weights {self._source} give embeddings that are not finite: fetch them again")
 
     @torch.inference_mode()
     def images(self, images_BHWC: NDArray[np.uint8]) -> Tensor:
@@ -74,6 +85,7 @@ class Encoder:
             Unit vectors, float32 (B, D), on the device.
 
         Raises:
+            services.rewards.base.UnfitImage: the pictures are too elongated.
             torch.OutOfMemoryError: not even one picture fits the memory.
         """
         images = images_BHWC if images_BHWC.flags.writeable else images_BHWC.copy()
@@ -135,22 +147,21 @@ class BatchSizes:
             most: images in one forward pass.
             bucketed: whether batches are filled up to a power of two, or to `most`.
         """
-        self.most = most
-        self.bucketed = bucketed
-
-    @property
-    def buckets(self) -> list[int]:
+        self._wanted = self.most = most
+        self._fitted = 0
+        powers = [2**power for power in range(most.bit_length()) if 2**power < most]
+        self.buckets = [*powers, most] if bucketed else []
         """The sizes that batches are filled up to, ascending; none if they stay as they are."""
-        if not self.bucketed:
-            return []
-        return [*(2**power for power in range(self.most.bit_length()) if 2**power < self.most), self.most]
 
     def fill(self, count: int) -> int:
         """The size that a batch of `count` is filled up to."""
-        return next(size for size in self.buckets if size >= count) if self.bucketed else count
+        return next((size for size in self.buckets if size >= count), count)
 
     def map(self, forward: Callable[[Tensor, int], Tensor], rows_B: Tensor) -> list[Tensor]:
-        """Give `forward` the rows in order, in batches; one that does not fit the memory is halved, for good.
+        """Give `forward` the rows in order, in batches; one that does not fit the memory is halved.
+
+        The smaller size is kept, for what filled the memory is likely still there, and doubled again after
+        `RECOVER_AFTER` passes of it that fitted.
 
         Args:
             forward: takes rows and the size they are to be filled up to.
@@ -173,13 +184,26 @@ class BatchSizes:
                     raise
             else:
                 start += len(part)
+                self._note_fit(len(part))
                 continue
             # Outside of the handler: while it runs, the error keeps alive what the failed pass had allocated.
-            self.most = len(part) // 2
-            logger.warning("%d images at once exceed the memory: batches are of %d from now on", len(part), self.most)
+            self._shrink(len(part))
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         return results
+
+    def _shrink(self, count: int) -> None:
+        smaller = [size for size in self.buckets if size < self.fill(count)]
+        self.most, self._fitted = smaller[-1] if smaller else count // 2, 0
+        logger.warning("%d images at once exceed the memory: batches are of %d for now", count, self.most)
+
+    def _note_fit(self, count: int) -> None:
+        if count < self.most or self.most == self._wanted:
+            return
+        self._fitted += 1
+        if self._fitted >= RECOVER_AFTER:
+            larger = [size for size in self.buckets if size > self.most]
+            self.most, self._fitted = min(self._wanted, larger[0] if larger else 2 * self.most), 0
 
 
 def is_out_of_memory(error: Exception) -> bool:

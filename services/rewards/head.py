@@ -61,8 +61,9 @@ def fold(state: State) -> Affine:
     if not numbers or set(state) != {f"layers.{n}.{part}" for n in numbers for part in ("weight", "bias")}:
         raise ValueError(f"its entries are {', '.join(sorted(state)[:4])}, expected layers.N.weight and layers.N.bias")
     layers = [(state[f"layers.{n}.weight"].double(), state[f"layers.{n}.bias"].double()) for n in numbers]
-    chained = all(before[0].shape[0] == after[0].shape[-1] for before, after in pairwise(layers))
-    if not chained or any(w.dim() != 2 or b.shape != w.shape[:1] for w, b in layers) or layers[-1][0].shape[0] != 1:
+    flat = all(weight.dim() == 2 and bias.shape == weight.shape[:1] for weight, bias in layers)
+    chained = flat and all(before[0].shape[0] == after[0].shape[1] for before, after in pairwise(layers))
+    if not chained or layers[-1][0].shape[0] != 1:
         shapes = ", ".join(str(tuple(w.shape)) for w, _ in layers)
         raise ValueError(f"its layers are {shapes}, which do not lead to one score")
     weight, bias = layers[0]

@@ -9,6 +9,7 @@ import difflib
 import json
 import logging
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,6 @@ import torch
 from open_clip.factory import convert_state_dict, download_pretrained
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms import Compose
@@ -29,7 +29,9 @@ from services.rewards.sources import Source, WeightsError, check_file, sha256_of
 OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")
 """Numbers that OpenAI's state dicts hold beside the weights."""
 QUICK_GELU_MAKERS = ("openai", "metaclip", "dfn2b", "dfn5b")
-"""What the paths of weights with QuickGELU are commonly called after."""
+GELU_MAKERS = ("laion", "datacomp", "commonpool", "hps")
+"""What files of weights with either activation are commonly called after: the beginning of a word of their names."""
+REASON_CHARS = 120
 QUICK_GELU_SUFFIX = "-quickgelu"
 SHOWN = 3
 MINIATURE = Path(__file__).parent / "weights" / "mini-clip.json"
@@ -74,8 +76,13 @@ def load_clip(name: str, source: Source, *, cache_dir: Path | None = None) -> Lo
     model = create_model(name, preprocessing)
     _fill(model, name, path, state)
     transform = image_transform_v2(PreprocessCfg(**open_clip.get_model_preprocess_cfg(model)), is_train=False)
-    with _without_chatter():
-        tokenizer = open_clip.get_tokenizer(name)
+    try:
+        with _without_chatter():
+            tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # likewise
+        raise WeightsError(
+            f"the tokenizer of {name} cannot be had: {_reason(error)}: have it in the hub's cache"
+        ) from error
     return Loaded(model.eval().requires_grad_(False), tokenizer, transform)
 
 
@@ -90,7 +97,8 @@ def config_of(name: str) -> dict[str, Any]:
     config: dict[str, Any] | None = open_clip.get_model_config(name)
     if config is None:
         close = difflib.get_close_matches(name, open_clip.list_models(), n=SHOWN)
-        raise WeightsError(f"open_clip knows no model {name!r}: did you mean {' or '.join(close) or 'another'}?")
+        remedy = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_models() lists them"
+        raise WeightsError(f"open_clip knows no model {name!r}: {remedy}")
     return config
 
 
@@ -107,17 +115,24 @@ def read_state(path: Path) -> State:
             content = _published_archive(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
-        raise WeightsError(f"weights {path} cannot be read: {_first_line(error)}; fetch them again") from error
+    except WeightsError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"weights {path} hold more than tensors, or are no checkpoint, and are not opened: "
+            "save the model's state_dict() as safetensors"
+        ) from error
+    except Exception as error:  # a damaged file makes anything of its readers fail
+        raise WeightsError(f"weights {path} cannot be read: {_reason(error)}: fetch them again") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content):
-        raise WeightsError(f"weights {path} hold a {type(content).__name__}, expected tensors by name")
+        raise WeightsError(f"weights {path} hold a {type(content).__name__}: give tensors by name")
     state = {key.removeprefix("module."): value for key, value in content.items()}
-    strangers = [key for key, value in state.items() if not isinstance(value, Tensor | int)]
+    strangers = [key for key, value in state.items() if not isinstance(value, Tensor) and key not in OPENAI_MARKS]
     if strangers:
-        raise WeightsError(f"weights {path}: {strangers[0]!r} is no tensor; give the state dict of an open_clip model")
-    return {key: torch.as_tensor(value) for key, value in state.items()}
+        raise WeightsError(f"weights {path}: {strangers[0]!r} is no tensor: give the state dict of an open_clip model")
+    return {key: value if isinstance(value, Tensor) else torch.tensor(0) for key, value in state.items()}
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -129,10 +144,9 @@ def _is_torchscript(path: Path) -> bool:
 
 def _published_archive(path: Path) -> State:
     """The tensors of a TorchScript archive: a program, and so accepted only where it is one that OpenAI published."""
-    digest = sha256_of(path)
-    if digest not in _openai_digests():
-        raise ValueError(
-            f"it is a TorchScript program of sha256 {digest}, none that OpenAI published; "
+    if sha256_of(path) not in _openai_digests():
+        raise WeightsError(
+            f"weights {path} are a program (TorchScript) that OpenAI did not publish: "
             "save its state_dict() as safetensors"
         )
     state: State = dict(torch.jit.load(path, map_location="cpu").state_dict())
@@ -151,14 +165,15 @@ def _download(name: str, config: dict[str, Any], source: Source, cache_dir: Path
     known = open_clip.get_pretrained_cfg(name, tag)
     if not known:
         tags = open_clip.list_pretrained_tags_by_model(name)
-        raise WeightsError(f"model {name} has no weights {tag!r}: give one of {', '.join(tags) or 'none'}, or a path")
+        remedy = f"give one of {', '.join(tags)}, or a path" if tags else "there are none by name, give a path"
+        raise WeightsError(f"model {name} has no weights {tag!r}: {remedy}")
     _refuse_other_activation(name, config, f"weights {tag!r}", wanted=bool(known.get("quick_gelu")))
     try:
         return Path(download_pretrained(known, cache_dir=None if cache_dir is None else str(cache_dir))), known
     except Exception as error:  # of the hub's client, urllib or the disk
         raise WeightsError(
-            f"weights {tag!r} of {name} cannot be fetched: {_first_line(error)}; fetch them where there is a network, "
-            "or give the path of a file"
+            f"weights {tag!r} of {name} cannot be fetched: fetch them where there is a network, or give the path of a "
+            f"file ({_reason(error)})"
         ) from error
 
 
@@ -172,16 +187,25 @@ def _check_activation(name: str, config: dict[str, Any], path: Path, state: Stat
         )
     if any(mark in state for mark in OPENAI_MARKS):
         _refuse_other_activation(name, config, f"weights {path} are OpenAI's and", wanted=True)
-    maker = next((maker for maker in QUICK_GELU_MAKERS if maker in str(path).lower()), None)
-    if maker is not None and not config.get("quick_gelu"):
-        words = f"weights {path} are {maker}'s by their path (rename them if they are not) and"
-        _refuse_other_activation(name, config, words, wanted=True)
+    for makers, wanted in ((QUICK_GELU_MAKERS, True), (GELU_MAKERS, False)):
+        maker = next((maker for maker in makers if _is_called_after(path, maker)), None)
+        if maker is not None:
+            words = f"weights {path} are {maker}'s by their name (change it if they are not) and"
+            _refuse_other_activation(name, config, words, wanted=wanted)
+
+
+def _is_called_after(path: Path, maker: str) -> bool:
+    """Whether a word of a file's name, of its folder's, or of its repository's in the hub's cache begins so."""
+    names = [path.name, path.parent.name, *(part for part in path.parts if part.startswith("models--"))]
+    return any(word.startswith(maker) for name in names for word in re.split(r"[^a-z0-9]+", name.lower()))
 
 
 def _refuse_other_activation(name: str, config: dict[str, Any], subject: str, *, wanted: bool) -> None:
     if bool(config.get("quick_gelu")) == wanted:
         return
     other = name.removesuffix(QUICK_GELU_SUFFIX) if not wanted else name + QUICK_GELU_SUFFIX
+    if other == name or other not in open_clip.list_models():
+        return  # there is no other to name: open_clip has paired these itself
     raise WeightsError(
         f"{subject} want {'QuickGELU' if wanted else 'GELU'}, which model {name} has not: name the model {other}"
     )
@@ -199,8 +223,13 @@ def create_model(name: str, preprocessing: dict[str, Any]) -> nn.Module:
     """
     config_of(name)
     changes = {key: value for key, value in preprocessing.items() if value is not None}
-    with _without_chatter():
-        model: nn.Module = open_clip.create_model(name, pretrained_text=False, force_preprocess_cfg=changes)
+    try:
+        with _without_chatter():
+            model: nn.Module = open_clip.create_model(name, pretrained_text=False, force_preprocess_cfg=changes)
+    except Exception as error:  # of the hub's client, for a text tower that has its configuration there
+        raise WeightsError(
+            f"model {name} cannot be made: {_reason(error)}: have the hub's files in its cache"
+        ) from error
     return model
 
 
@@ -244,8 +273,10 @@ def _fill(model: nn.Module, name: str, path: Path, state: State) -> None:
     model.load_state_dict(state)
 
 
-def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _reason(error: BaseException) -> str:
+    """An error of others in a few printable words."""
+    words = "".join(letter if letter.isprintable() else " " for letter in str(error))
+    return " ".join(words.split())[:REASON_CHARS] or type(error).__name__
 
 
 @contextlib.contextmanager

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from torchvision.transforms import CenterCrop, Compose, Normalize, Resize
 from torchvision.transforms.functional import resize
 
+from services.rewards.base import UnfitImage
+
+LONGEST = 32
+"""How many times as long as wide a picture may be that is resized before it is cropped: the whole of it is resized."""
+
 
 class Preprocessing(nn.Module):
     """The transform that `open_clip` gives PIL images, for batches of tensors."""
@@ -38,6 +43,9 @@ class Preprocessing(nn.Module):
 
         Returns:
             float32 (B, 3, S, S), with S the model's size.
+
+        Raises:
+            UnfitImage: the images are too elongated.
         """
         images_BCHW = images_BHWC.permute(0, 3, 1, 2).float()
         for step in self._resizes:
@@ -51,6 +59,10 @@ def _resized(images_BCHW: Tensor, step: Resize | ResizeKeepRatio) -> Tensor:
     """Resize as PIL does: with antialiasing, first the rows and then the columns, each time to whole levels."""
     height, width = images_BCHW.shape[2:]
     new_height, new_width = _target(height, width, step)
+    if max(new_height, new_width) > LONGEST * min(new_height, new_width):
+        raise UnfitImage(
+            f"a picture of {width}×{height} pixels is more than {LONGEST} times as long as wide: crop it first", index=0
+        )
     for size in ([height, new_width], [new_height, new_width]):
         if size != list(images_BCHW.shape[2:]):
             images_BCHW = resize(images_BCHW, size, step.interpolation, antialias=True)

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import tempfile
+import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
@@ -59,9 +60,16 @@ class Source:
         if self.sha256 is not None:
             return self.sha256
         try:
-            return sha256_of(self.path)
+            return sha256_of(self.path) if self.path.is_file() else MISSING
         except OSError:  # the worker says so when it loads them
             return MISSING
+
+    def held(self) -> "Source":
+        """The same, held to what is there now: other weights would not be what the reward's version names."""
+        if self.path is None or self.sha256 is not None:
+            return self
+        identity = self.identity()
+        return self if identity == MISSING else Source(None, self.path, identity)
 
     def __str__(self) -> str:
         return self.name if self.name is not None else str(self.path)
@@ -79,7 +87,10 @@ def parse_source(text: str) -> Source:
     if pin and not re.fullmatch(r"[0-9a-f]{64}", digest.lower()):
         raise ValueError(f"{digest!r} after {PIN} is no SHA-256: give its 64 hexadecimal digits")
     if os.sep in place or place.endswith(SUFFIXES):
-        return Source(None, Path(place).expanduser(), digest.lower() or None)
+        try:
+            return Source(None, Path(place).expanduser(), digest.lower() or None)
+        except RuntimeError:
+            raise ValueError(f"{place!r} names the home of nobody here: give the whole path") from None
     if pin:
         raise ValueError(f"{place!r} is a name, and its digest is known: give {PIN} with paths alone")
     return Source(place, None)
@@ -108,11 +119,12 @@ def check_file(path: Path, sha256: str | None) -> Path:
     Raises:
         WeightsError: it is missing, cannot be read, or is another.
     """
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        raise WeightsError(f"weights {path}: the file {kind}: give the path of a {', '.join(SUFFIXES)} file")
     try:
-        found = sha256_of(path) if sha256 is not None else None
+        if not path.is_file():
+            kind = "does not exist" if not path.exists() else "is no regular file"
+            raise WeightsError(f"weights {path}: the file {kind}: give the path of a {', '.join(SUFFIXES)} file")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest() if sha256 is not None else None
     except OSError as error:
         raise WeightsError(f"weights {path}: {error.strerror}: make the file readable") from error
     if found != sha256:
@@ -137,21 +149,25 @@ def fetch(published: Published, folder: Path) -> Path:
     """
     name = urllib.parse.unquote(published.url.rsplit("/", 1)[-1])
     target = folder / name
-    if target.exists():
-        return check_file(target, published.sha256)
     partial = None
     try:
+        if target.exists():
+            return check_file(target, published.sha256)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}-", delete=False) as file:
             partial = Path(file.name)
             _download(published, file)
         check_file(partial, published.sha256)
         os.replace(partial, target)
-    except (OSError, WeightsError) as error:
-        reason = getattr(error, "reason", None) or error
+    except urllib.error.URLError as error:
         raise WeightsError(
-            f"{published.url} cannot be fetched into {folder}: {reason}; fetch it where there is a network "
-            f"and put it there, or give its path"
+            f"{published.url} cannot be fetched: {error.reason}; fetch it where there is a network "
+            f"and put it into {folder} as {name}, or give its path"
+        ) from error
+    except OSError as error:
+        raise WeightsError(
+            f"{published.url} cannot be kept in {folder}: {error}; make room there, or set REWARD_CACHE_DIR to another "
+            "folder"
         ) from error
     finally:
         if partial is not None:
@@ -172,4 +188,7 @@ def _download(published: Published, file: "tempfile._TemporaryFileWrapper[bytes]
             file.write(piece)
             left -= len(piece)
         if answer.read(1):
-            raise WeightsError(f"the answer is longer than the {published.size_bytes} bytes that were published")
+            raise WeightsError(
+                f"{published.url} answers more than the {published.size_bytes} bytes that were published: "
+                "fetch the file otherwise, and give its path"
+            )

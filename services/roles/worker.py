@@ -16,6 +16,7 @@ from services.batching.worker import QueueGone, ScorerHung, Worker, WorkerLimits
 from services.processes import EXIT_INTERRUPTED, StartError, announce, describe, stop_on_signals
 from services.rewards import create_reward
 from services.rewards.base import Reward
+from services.rewards.sources import WeightsError
 from services.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -118,16 +119,18 @@ async def _warm_up(worker: Worker, queue: WorkQueue, name: str, stop: asyncio.Ev
         await warming
     except Exception as error:
         logger.info("the reward cannot be loaded", exc_info=True)
-        reason = f"reward {name!r} cannot be loaded: {describe(error)}"
-        await _note_trouble(queue, reason)
+        is_ours = isinstance(error, WeightsError)
+        reason = f"reward {name!r} cannot be loaded: {error if is_ours else describe(error)}"
+        # Anyone may read what an API tells; the words of a stranger's error may hold an address with its password.
+        await _note_start(queue, reason if is_ours else f"{type(error).__name__}, see the worker's log")
         raise StartError(reason) from error
-    await _note_trouble(queue, None)
+    await _note_start(queue, "")
     return True
 
 
-async def _note_trouble(queue: WorkQueue, reason: str | None) -> None:
+async def _note_start(queue: WorkQueue, trouble: str) -> None:
     """Have the APIs say why there is no worker, where Redis can be reached."""
     try:
-        await queue.note_trouble(reason)
+        await queue.note_start(trouble)
     except (RedisError, OSError) as error:
         logger.warning("the queue cannot be told how the start went: %s", describe(error))

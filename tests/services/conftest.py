@@ -119,6 +119,14 @@ class Process:
         (url,) = self.announced()["rewards"].values()
         return str(url)
 
+    def children(self, role: bytes) -> list[int]:
+        """Its processes of a role, such as `worker`."""
+        return [
+            pid
+            for pid in descendants(self._popen.pid)
+            if f"\0{role.decode()}\0".encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+
     def close_stdin(self) -> None:
         """What a parent's death does."""
         assert self._popen.stdin is not None

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from services.rewards.base import UnfitImage
 from services.rewards.brightness import Brightness
 
 POISON = 255
@@ -32,6 +33,26 @@ class Choosy(Brightness):
     """Has no score without a prompt."""
 
     name, uses_prompts, needs_prompts, scale = "choosy", True, True, "made for a test"
+
+
+class Secretive(Brightness):
+    """Cannot be loaded, and says too much about it."""
+
+    name = "secretive"
+
+    def warmup(self) -> None:
+        raise PermissionError("https://user:hunter2@weights.test")
+
+
+class Oblong(Brightness):
+    """Cannot score the second of several images."""
+
+    name = "oblong"
+
+    def score(self, images_BHWC: NDArray[np.uint8], prompts: Sequence[str] | None) -> NDArray[np.float64]:
+        if len(images_BHWC) > 1:
+            raise UnfitImage("this one is at fault: leave it out", index=1)
+        return super().score(images_BHWC, prompts)
 
 
 class Short(Brightness):

@@ -177,7 +177,7 @@ async def test_readiness_follows_the_queue() -> None:
         queue.is_ready = False
         assert_problem(await client.get("/readyz"), 503, "no worker for brightness 1")
         queue.failed_start = "the weights are missing"
-        assert_problem(await client.get("/readyz"), 503, "the last that tried: the weights are missing")
+        assert_problem(await client.get("/readyz"), 503, "start one, or wait; the weights are missing")
         queue.error = QueueAway("Redis is not available")
         assert_problem(await client.get("/readyz"), 503, "Redis is not available")
         assert (await client.get("/healthz")).status_code == 200

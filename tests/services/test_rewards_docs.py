@@ -19,7 +19,7 @@ from services.rewards.anyone import DEFAULTS, default_name
 from tests.services.conftest import ROOT, Process
 from tests.shellblocks import blocks, shell_lines
 from tests.test_examples import EXAMPLES, serve_standalone
-from trainer.config import load_config, parse_overrides
+from trainer.options import load_config, parse_overrides
 from trainer.shaping import Affine
 
 PAGE = ROOT / "docs" / "rewards.md"

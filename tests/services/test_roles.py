@@ -26,6 +26,7 @@ pytestmark = pytest.mark.redis
 
 Start = Callable[..., Process]
 SLOW = "tests.services.dummies:Slow"
+SECRETIVE = "tests.services.dummies:Secretive"
 KEYS = Keys("slow", "1")
 
 
@@ -146,8 +147,27 @@ def test_readiness_tells_why_the_worker_could_not_start(start: Start, redis_url:
     shutil.copy(miniature_source("clip").path, weights)  # type: ignore[arg-type]
     start("worker", "clip", "--announce", **environment).announced()
     assert httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
-    with Redis.from_url(redis_url) as redis:
-        assert not [key for key in redis.keys("*") if key.endswith(b":trouble")]  # type: ignore[union-attr]
+
+
+def test_readiness_tells_that_workers_are_of_another_version(start: Start, redis_url: str) -> None:
+    """API and worker were told differently: each waits for the other, and the API says why."""
+    url = start("api", "mini-clip", "--port", "0", "--announce", REDIS_URL=redis_url).url()
+    start("worker", "mini-clip", "--announce", REDIS_URL=redis_url, REWARD_CLIP_PROMPT="a painting").announced()
+    answer = httpx.get(f"{url}/readyz", trust_env=False)
+    assert answer.status_code == 503
+    assert "the last that started is of version mini-clip-" in answer.json()["detail"]
+    assert "give API and workers the same settings" in answer.json()["detail"]
+
+
+def test_readiness_does_not_repeat_a_strangers_words(start: Start, redis_url: str) -> None:
+    """An error of anyone's own warm-up may hold a password: its kind is told, the rest is in the worker's log."""
+    url = start("api", SECRETIVE, "--port", "0", "--announce", REDIS_URL=redis_url).url()
+    worker = start("worker", SECRETIVE, REDIS_URL=redis_url)
+    assert worker.wait() == 1
+    assert "hunter2" in worker.errors()
+    detail = httpx.get(f"{url}/readyz", trust_env=False).json()["detail"]
+    assert "PermissionError, see the worker's log" in detail
+    assert "hunter2" not in detail
 
 
 def test_a_worker_that_redis_has_left_ends_in_one_line(start: Start) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from trainer.miniature.rating import Images, rating
 
-RIDGE = 1e-3
-"""Penalty of the weights, for each picture; embeddings are unit vectors."""
+RIDGE = 1e-5
+"""Penalty of the weights, beside the mean over pictures; embeddings are unit vectors."""
 
 
 def fit_head(vectors_ND: Tensor, images: Images) -> dict[str, Tensor]:
@@ -27,7 +27,7 @@ def fit_head(vectors_ND: Tensor, images: Images) -> dict[str, Tensor]:
     X_ND, y_N = vectors_ND.double(), torch.from_numpy(rating(images))
     mean_D, mean = X_ND.mean(dim=0), y_N.mean()
     centred_ND = X_ND - mean_D
-    gram_DD = centred_ND.T @ centred_ND / len(X_ND) + RIDGE * torch.eye(X_ND.shape[1], dtype=torch.float64) / 100
+    gram_DD = centred_ND.T @ centred_ND / len(X_ND) + RIDGE * torch.eye(X_ND.shape[1], dtype=torch.float64)
     weight_D = torch.linalg.solve(gram_DD, centred_ND.T @ (y_N - mean) / len(X_ND))
     bias = mean - weight_D @ mean_D
     return {"layers.0.weight": weight_D[None].float(), "layers.0.bias": bias[None].float()}

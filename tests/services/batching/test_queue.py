@@ -90,6 +90,15 @@ async def test_a_bad_image_fails_its_own_request_only(
     await assert_nothing_left(redis)
 
 
+async def test_a_reward_may_name_the_image_at_fault(redis: Redis, api: SubmitQueue) -> None:
+    """Its index counts within the request, over all its jobs."""
+    async with working(redis, dummies.Oblong()):
+        with pytest.raises(ScoringFailed, match="this one is at fault: leave it out") as caught:
+            await api.score(jobs_of(1) + jobs_of(4), deadline_s=20.0)
+    assert caught.value.index == 2
+    await assert_nothing_left(redis)
+
+
 async def test_a_wrong_count_of_scores_fails_the_request(redis: Redis, api: SubmitQueue) -> None:
     """One score too few is an error for all of them."""
     async with working(redis, dummies.Short()):

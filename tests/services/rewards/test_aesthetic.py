@@ -65,10 +65,12 @@ def test_the_settings_name_head_and_model(small_source: Source, tmp_path: Path) 
     save_file(weights, tmp_path / "head.safetensors")
     options = RewardOptions(aesthetic_weights=str(small_source.path), aesthetic_head=str(tmp_path / "head.safetensors"))
     first = create_reward("aesthetic", options)
-    save_file({**weights, "layers.0.bias": torch.ones(1)}, tmp_path / "head.safetensors")
-    assert create_reward("aesthetic", options).version != first.version
     assert first.version != create_reward("aesthetic", RewardOptions()).version
     with pytest.raises(WeightsError, match="are not of ViT-L-14-quickgelu"):
+        first.warmup()
+    save_file({**weights, "layers.0.bias": torch.ones(1)}, tmp_path / "head.safetensors")
+    assert create_reward("aesthetic", options).version != first.version
+    with pytest.raises(WeightsError, match=r"head.safetensors have sha256 .*altered"):
         first.warmup()
     reward = Aesthetic(SMALL_NAME, small_source, Source(None, tmp_path / "head.safetensors"))
     reward.warmup()

@@ -1,6 +1,7 @@
 """The CLIP reward: prompts of request and settings, versions, and the scores of fixed pictures."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -92,12 +93,19 @@ def test_the_version_changes_with_whatever_changes_a_score(tmp_path: Path) -> No
     assert Clip.configured(pinned).version == versions[3]
 
 
-@pytest.mark.parametrize("model", ["ViT-L-14", "a/b c", "Ä" * 80, "-.-"])
-def test_a_version_is_an_identifier(model: str) -> None:
-    """Whatever the model is called."""
-    import re
+@pytest.mark.parametrize("name", ["ViT-L-14", "a/b c", "Ä" * 80, "-.-"])
+def test_a_version_is_an_identifier(name: str, tmp_path: Path) -> None:
+    """Whatever model and weights are called."""
+    for source in (Source(name, None), Source(None, tmp_path / name)):
+        assert re.fullmatch(IDENTIFIER_PATTERN, version_of(name, source, "1"))
 
-    assert re.fullmatch(IDENTIFIER_PATTERN, version_of(model, "/weights/ö.pt", "1"))
+
+def test_a_version_is_of_the_content_and_not_of_the_place(tmp_path: Path) -> None:
+    """So that two machines that keep the same weights elsewhere serve the same reward."""
+    for name in ("a.pt", "b.pt"):
+        (tmp_path / name).write_bytes(b"the same")
+    versions = {version_of("ViT-L-14", Source(None, tmp_path / name)) for name in ("a.pt", "b.pt")}
+    assert len(versions) == 1
 
 
 def test_the_api_describes_a_reward_without_its_weights() -> None:

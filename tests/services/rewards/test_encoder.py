@@ -1,6 +1,8 @@
 """The encoder: what it embeds agrees with open_clip, in any batch, in whatever memory there is."""
 
+import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from services.rewards.encoder import BatchSizes, Encoder, is_out_of_memory
+from services.rewards.encoder import RECOVER_AFTER, BatchSizes, Encoder, is_out_of_memory
 from services.rewards.openclip import load_clip
 from services.rewards.options import Runtime
-from services.rewards.sources import Source
-from tests.services.rewards.models import SMALL_NAME, noise, photograph
+from services.rewards.sources import Source, WeightsError
+from tests.services.rewards.models import SMALL_NAME, noise, photograph, saved
 
 HALF_BOUND = 0.02
-"""By which a cosine in half precision may differ, as docs/rewards.md states it."""
+"""By which a cosine in half precision may differ, as docs/clip_and_aesthetic.md states it."""
 PICTURES = [make(*size) for make in (photograph, noise) for size in ((64, 64), (224, 224), (512, 512), (300, 400))]
 
 
@@ -151,6 +153,37 @@ def test_a_batch_that_exceeds_the_memory_is_halved(
     assert all(size <= most for size in forward.seen)
 
 
+def test_larger_batches_are_tried_again() -> None:
+    """After many that fitted: what filled the memory may have been another process."""
+    forward, sizes = Memory(16), BatchSizes(64)
+    sizes.map(forward, torch.arange(64))
+    assert sizes.most == 16
+    forward.most = 64
+    sizes.map(forward, torch.arange(16 * RECOVER_AFTER))
+    assert sizes.most == 32
+    sizes.map(forward, torch.arange(32 * RECOVER_AFTER))
+    assert sizes.most == 64
+
+
+def test_a_compiled_batch_shrinks_to_a_size_that_is_compiled() -> None:
+    """The next smaller bucket, whatever the batch was filled up from."""
+    sizes = BatchSizes(64, bucketed=True)
+    sizes.map(Memory(32), torch.arange(33))
+    assert sizes.most == 32
+    sizes.map(Memory(7), torch.arange(40))
+    assert sizes.most == 4
+
+
+def test_weights_that_give_nothing_finite_are_refused(small_vit: nn.Module, tmp_path: Path) -> None:
+    """Before the service is ready, not score by score."""
+    model = copy.deepcopy(small_vit)
+    with torch.no_grad():
+        model.visual.proj.fill_(torch.nan)  # type: ignore[union-attr]
+    encoder = Encoder(SMALL_NAME, saved(model, tmp_path / "nan.safetensors"), Runtime(device="cpu"))
+    with pytest.raises(WeightsError, match=r"nan.safetensors give embeddings that are not finite"):
+        encoder.warmup()
+
+
 def test_a_single_picture_that_does_not_fit_is_an_error() -> None:
     """There is nothing left to halve."""
     with pytest.raises(RuntimeError) as caught:
@@ -203,8 +236,11 @@ def test_compiled_batches_have_few_sizes() -> None:
 
 
 @pytest.mark.slow
-def test_compiling_changes_no_embedding(small_source: Source, encoder: Encoder) -> None:
+def test_compiling_changes_no_embedding(
+    small_source: Source, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And after the warm-up nothing is compiled any more."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # which the encoder raises to what it needs
     compiled = Encoder(SMALL_NAME, small_source, Runtime(device="cpu", compiled=True, max_batch=4))
     compiled.warmup()
     images = batch(7)

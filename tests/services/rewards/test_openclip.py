@@ -71,9 +71,48 @@ def test_weights_that_a_path_tells_to_be_openais_are_refused_too(
     """Converted weights have no marks; the hub's folders have the maker's name."""
     (tmp_path / folder).mkdir()
     source = saved(small_vit, tmp_path / folder / "open_clip_model.safetensors")
-    with pytest.raises(WeightsError, match="by their path"):
+    with pytest.raises(WeightsError, match="by their name"):
         load_clip(SMALL_NAME, source)
     load_clip(QUICK, source)
+
+
+@pytest.mark.parametrize("name", ["CLIP-ViT-L-14-laion2B-s32B-b82K", "HPS_v2.1", "datacomp_xl"])
+def test_weights_that_are_gelu_by_their_name_are_refused_under_quickgelu(
+    name: str, small_vit: nn.Module, tmp_path: Path
+) -> None:
+    """The other way round, which the default model invites."""
+    source = saved(small_vit, tmp_path / f"{name}.safetensors")
+    with pytest.raises(WeightsError, match=f"want GELU, which model {QUICK} has not: name the model {SMALL_NAME}$"):
+        load_clip(QUICK, source)
+    load_clip(SMALL_NAME, source)
+
+
+def test_a_maker_is_a_word_of_the_name_and_not_of_a_distant_folder(small_vit: nn.Module, tmp_path: Path) -> None:
+    """A home folder says nothing of the weights; a repository's folder in the hub's cache does."""
+    far = tmp_path / "openai-user" / "weights"
+    far.mkdir(parents=True)
+    load_clip(SMALL_NAME, saved(small_vit, far / "mine.safetensors"))
+    cached = tmp_path / "models--timm--vit_large_patch14_clip_224.openai" / "snapshots" / "1a2b"
+    cached.mkdir(parents=True)
+    with pytest.raises(WeightsError, match="are openai's by their name"):
+        load_clip(SMALL_NAME, saved(small_vit, cached / "model.safetensors"))
+
+
+def test_every_pair_of_model_and_tag_can_be_had() -> None:
+    """Where open_clip pairs a model with a tag, either it is accepted, or another model is named for that tag."""
+    import open_clip
+
+    refused = 0
+    for name, tag in open_clip.list_pretrained():
+        wanted = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
+        try:
+            openclip._refuse_other_activation(name, openclip.config_of(name), "weights", wanted=wanted)
+        except WeightsError as error:
+            refused += 1
+            other = str(error).rsplit(" ", 1)[-1]
+            assert other != name
+            assert other in open_clip.list_models(), other
+    assert refused
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -114,7 +153,7 @@ def test_a_published_program_is_read_and_any_other_refused(
     with torch.no_grad():
         torch.jit.trace(model, example).save(str(path))
     source = parse_source(str(path))
-    with pytest.raises(WeightsError, match="none that OpenAI published"):
+    with pytest.raises(WeightsError, match=r"are a program \(TorchScript\) that OpenAI did not publish: save its"):
         load_clip(QUICK, source)
     monkeypatch.setattr(openclip, "_openai_digests", lambda: {sha256_of(path)})
     assert same(load_clip(QUICK, source).model, small_vit)
@@ -141,7 +180,7 @@ def test_a_pickle_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
     (tmp_path / "old.pt").write_bytes(pickle.dumps({"a": Evil()}, protocol=2))
     for name in ("evil.pt", "old.pt"):
-        with pytest.raises(WeightsError, match="cannot be read"):
+        with pytest.raises(WeightsError, match=r"hold more than tensors.*are not opened: save"):
             load_clip(SMALL_NAME, parse_source(str(tmp_path / name)))
     assert "run" not in capsys.readouterr().out
 
@@ -152,7 +191,9 @@ def test_a_damaged_file_is_one_clear_error(content: bytes, suffix: str, tmp_path
     """One line with the file and the remedy."""
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(content)
-    with pytest.raises(WeightsError, match=r"cannot be read: .*fetch them again") as caught:
+    with pytest.raises(
+        WeightsError, match=r"cannot be read: .*: fetch them again|are no checkpoint, and are not opened"
+    ) as caught:
         load_clip(SMALL_NAME, parse_source(str(path)))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -182,7 +223,7 @@ def test_an_unknown_model_or_tag_is_answered_with_known_ones() -> None:
         load_clip("ViT-L-41", parse_source("openai"))
     with pytest.raises(WeightsError, match="no weights 'opanai': give one of openai"):
         load_clip("ViT-L-14", parse_source("opanai"))
-    with pytest.raises(WeightsError, match="give one of none, or a path"):
+    with pytest.raises(WeightsError, match="there are none by name, give a path"):
         load_clip("mini-clip", parse_source("openai"))
 
 
@@ -190,7 +231,7 @@ def test_weights_that_cannot_be_fetched_are_one_clear_error(monkeypatch: pytest.
     """Offline; the hub's client keeps from the network itself."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        WeightsError, match=r"'openai' of ViT-B-32-quickgelu cannot be fetched.*where there is a network"
+        WeightsError, match=r"'openai' of ViT-B-32-quickgelu cannot be fetched: fetch them where there is a network"
     ) as caught:
         load_clip("ViT-B-32-quickgelu", parse_source("openai"), cache_dir=tmp_path)
     assert "\n" not in str(caught.value)

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
+from services.rewards.base import UnfitImage
 from services.rewards.pixels import Preprocessing
 from tests.services.rewards.models import noise, photograph
 
@@ -54,3 +55,12 @@ def test_a_batch_is_its_pictures() -> None:
     images = torch.from_numpy(np.stack([noise(70, 90, seed=seed) for seed in range(3)]))
     preprocess = Preprocessing(transform)
     assert torch.equal(preprocess(images), torch.cat([preprocess(image[None]) for image in images]))
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 2000), (4_000_000, 1)])
+def test_an_elongated_picture_is_refused_before_it_fills_the_memory(height: int, width: int) -> None:
+    """All of it would be resized, and then cropped to a square; the message says what to do."""
+    transform = image_transform_v2(PreprocessCfg(), is_train=False)
+    with pytest.raises(UnfitImage, match=f"{width}×{height} pixels is more than 32 times as long as wide: crop it"):
+        Preprocessing(transform)(torch.zeros(2, height, width, 3, dtype=torch.uint8))
+    assert Preprocessing(transform)(torch.zeros(2, 10, 300, 3, dtype=torch.uint8)).shape == (2, 3, 224, 224)

@@ -1,6 +1,7 @@
 """Where weights come from: names, files and their digests, and a publisher that may be away or send something else."""
 
 import hashlib
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ def test_a_file_is_held_to_its_digest(tmp_path: Path) -> None:
     file = tmp_path / "a.pt"
     with pytest.raises(WeightsError, match="does not exist"):
         check_file(file, None)
-    with pytest.raises(WeightsError, match="is a folder"):
+    with pytest.raises(WeightsError, match="is no regular file"):
         check_file(tmp_path, None)
     file.write_bytes(CONTENT[:-1])
     assert check_file(file, None) == file
@@ -103,7 +104,7 @@ def test_a_published_file_is_fetched_once_and_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [CONTENT[:-1], CONTENT[:-1] + b"!", CONTENT + b"!", b""])
 def test_another_file_is_not_kept(content: bytes, tmp_path: Path) -> None:
     """Shorter, altered, longer or empty: an error, and nothing is left behind."""
-    with publisher(content) as url, pytest.raises(WeightsError, match="cannot be fetched into"):
+    with publisher(content) as url, pytest.raises(WeightsError, match=r"cut short|answers more than the 12000 bytes"):
         fetch(published(url), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -123,3 +124,31 @@ def test_an_altered_file_in_the_cache_is_named(tmp_path: Path) -> None:
     (tmp_path / "a+head.pth").write_bytes(b"altered")
     with pytest.raises(WeightsError, match="altered"):
         fetch(published("http://127.0.0.1:9/a%2Bhead.pth"), tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """The network is not blamed."""
+    (tmp_path / "file").write_bytes(b"")
+    with publisher(CONTENT) as url, pytest.raises(WeightsError, match=r"cannot be kept in .*set REWARD_CACHE_DIR"):
+        fetch(published(url), tmp_path / "file" / "below")
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    """Nobody waits for what will never be written."""
+    os.mkfifo(tmp_path / "a.pt")
+    source = parse_source(str(tmp_path / "a.pt"))
+    assert source.identity() == MISSING
+    with pytest.raises(WeightsError, match="is no regular file"):
+        check_file(tmp_path / "a.pt", None)
+
+
+def test_a_source_is_held_to_what_was_there(tmp_path: Path) -> None:
+    """A file that is exchanged after the reward said its version is refused."""
+    file = tmp_path / "a.pt"
+    assert parse_source(str(file)).held() == parse_source(str(file))
+    file.write_bytes(CONTENT)
+    held = parse_source(str(file)).held()
+    assert held.sha256 == DIGEST
+    file.write_bytes(CONTENT + b"!")
+    with pytest.raises(WeightsError, match="altered"):
+        check_file(file, held.sha256)
