@@ -3,26 +3,37 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from trainer.config import Config, ConfigError
+from trainer.distributed import Group
 from trainer.judges import make_judge
 from trainer.loop import Learner
+from trainer.lora import add_lora, without_lora
 from trainer.miniature.weights import FILES, remedy
 from trainer.models.checkpoints import CheckpointError, check_pair, load_var, load_vqvae
+from trainer.var_policy import VarPolicy
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device of a run: `auto` takes a GPU where there is one.
+def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """The device of a rank: `auto` takes a GPU where there is one, each rank of a machine its own.
 
     Raises:
         ConfigError: a GPU is asked for and there is none.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device is 'cuda', but no CUDA device is visible; set --run.device cpu")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"this machine has {torch.cuda.device_count()} GPUs, and no one for its rank {local_rank}; "
+            "start as many ranks as there are GPUs"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def make_autocast(device: torch.device, dtype: str) -> Callable[[], AbstractContextManager[object]]:
@@ -41,36 +52,46 @@ def _source(stage: str, wanted: str) -> str | Path:
     return FILES[stage]
 
 
-def make_learner(config: Config) -> Learner:
+def make_learner(config: Config, group: Group, device: torch.device) -> Learner:
     """Loads policy, reference, tokenizer and judge, and makes the optimizer.
 
+    Args:
+        config: of the run.
+        group: the ranks of the run.
+        device: of this rank.
+
     Raises:
-        ConfigError: a label is outside the model's classes, or the device is not there.
+        ConfigError: a label is outside the model's classes.
         CheckpointError: weights are missing or do not fit.
         JudgeError: the classifier's weights cannot be had.
+        LoraError: adapters cannot be added.
     """
-    device = choose_device(config.run.device)
     sources = config.model
-    policy = load_var(_source("var", sources.var), device=device)
-    scales = policy.config.patch_nums
-    vqvae = load_vqvae(_source("vqvae", sources.vqvae), patch_nums=scales, device=device)
-    check_pair(policy, vqvae)
-    count = policy.config.num_classes
+    var = load_var(_source("var", sources.var), device=device)
+    vqvae = load_vqvae(_source("vqvae", sources.vqvae), patch_nums=var.config.patch_nums, device=device)
+    check_pair(var, vqvae)
+    count = var.config.num_classes
     classes = config.rollout.classes or tuple(range(count))
     outside = [label for label in classes if label >= count]
     if outside:
         raise ConfigError(f"rollout.classes holds {outside[0]}; this policy has the labels 0 to {count - 1}")
-    reference = deepcopy(policy).requires_grad_(False)
+    policy = VarPolicy(var, vqvae, classes, make_autocast(device, config.run.dtype))
+    reference = _reference(policy, config)
+    var.checkpoint_activations = sources.recompute
     optim = config.optim
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
     )
-    return Learner(
-        policy=policy,
-        reference=reference,
-        vqvae=vqvae,
-        optimizer=optimizer,
-        classes=classes,
-        judge=make_judge(sources.classifier, device),
-        autocast=make_autocast(device, config.run.dtype),
-    )
+    return Learner(policy, reference, optimizer, make_judge(sources.classifier, device), group)
+
+
+def _reference(policy: VarPolicy, config: Config) -> VarPolicy | None:
+    """The pre-trained policy, where it is needed: a frozen copy, or the same weights with their adapters off."""
+    lora = config.model.lora
+    if lora is not None:
+        add_lora(policy.var, rank=lora.rank, alpha=lora.alpha, seed=config.run.seed)
+    if not config.grpo.beta and not config.grpo.measure_kl:
+        return None
+    if lora is not None:
+        return replace(policy, adapted=lambda: without_lora(policy.var))
+    return replace(policy, var=deepcopy(policy.var).requires_grad_(False))

@@ -4,28 +4,34 @@ A recipe is a YAML file whose head comment gives its command, hardware, expected
 types and values out of range are refused before anything starts; below `run.py`, functions take plain values.
 """
 
-from collections.abc import Mapping, Sequence
-from importlib import resources
+import hashlib
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import httpx
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from trainer.shaping import Affine, Shape, refuse_booleans
 
-DEFAULT_RECIPE = "mini-bright"
+FREE_TO_CHANGE = {
+    "model": ("recompute", "classifier"),
+    "rollout": ("chunk", "blocking"),
+    "optim": ("micro_batch",),
+    "rewards": ("url",),
+}
+"""What a run may change when it goes on: it moves work about, and alters nothing but the last digits."""
 MAX_CLASSES = 1_000_000  # a mistyped range must not fill the memory
 
+Combine = Literal["sum_then_normalize", "normalize_then_sum"]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 
@@ -39,9 +45,10 @@ class _Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_booleans(cls, value: object) -> object:
-        """YAML reads `on` and `yes` as true, which would pass for the number 1; no setting is a switch."""
-        return refuse_booleans(value)
+    def _refuse_booleans(cls, value: object, info: ValidationInfo) -> object:
+        """YAML reads `on` and `yes` as true, which would pass for the number 1; only a switch may be given it."""
+        is_switch = cls.model_fields[str(info.field_name)].annotation is bool
+        return value if is_switch else refuse_booleans(value)
 
 
 def _expand_range(value: object) -> object:
@@ -54,16 +61,37 @@ def _expand_range(value: object) -> object:
     return tuple(range(int(first), int(last) + 1))
 
 
+class LoraConfig(_Section):
+    """Train small adapters in place of the whole transformer; the reference is then the same with them off.
+
+    Args:
+        rank: of each adapter.
+        alpha: their output is multiplied by alpha / rank.
+    """
+
+    rank: Positive
+    alpha: Annotated[float, Field(gt=0)]
+
+
 class ModelConfig(_Section):
     """Which policy is trained, and with which tokenizer and classifier.
 
     A source is `miniature`, a local path (.pth or .safetensors), or a published name such as
     `FoundationVision/var:var_d16.pth`.
+
+    Args:
+        var: source of the transformer.
+        vqvae: source of the tokenizer.
+        classifier: which classifier tells whether a sample is still its label.
+        lora: train adapters; null for the whole transformer.
+        recompute: keep no activations of a block for its backward pass, but compute them again.
     """
 
     var: str = "miniature"
     vqvae: str = "miniature"
     classifier: Literal["miniature", "imagenet", "none"] = "miniature"
+    lora: LoraConfig | None = None
+    recompute: bool = False
 
 
 class RolloutConfig(_Section):
@@ -75,6 +103,7 @@ class RolloutConfig(_Section):
         temperature: of the policy, in sampling and in scoring alike.
         chunk: images sampled at once, whole groups.
         classes: labels to draw from, `0-499` or a list; all classes when empty.
+        blocking: wait for each chunk's scores before the next is sampled, as a naive loop would; for comparison.
     """
 
     labels: Positive = 32
@@ -82,28 +111,45 @@ class RolloutConfig(_Section):
     temperature: Annotated[float, Field(gt=0, le=10)] = 0.7
     chunk: Positive = 64
     classes: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_expand_range)] = ()
+    blocking: bool = False
 
 
 class GrpoConfig(_Section):
-    """The objective: ε of the clip and β of the KL to the reference policy."""
+    """The objective.
+
+    Args:
+        clip: ε of the clipped ratio.
+        beta: β, the weight of the KL to the reference policy; at 0 no reference is kept.
+        measure_kl: keep it at β = 0 as well, to know the KL.
+        combine: how several rewards become one advantage: `sum_then_normalize` sums them by weight and normalises the
+            sum in its group (the paper's), `normalize_then_sum` normalises each first, for rewards of different scales.
+        epochs: passes over the images of a step.
+        max_kl: a step whose KL exceeds it ends the run; null for no bound.
+    """
 
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     beta: NonNegative = 0.2
+    measure_kl: bool = False
+    combine: Combine = "sum_then_normalize"
+    epochs: Positive = 1
+    max_kl: Annotated[float, Field(gt=0)] | None = None
 
 
 class OptimConfig(_Section):
     """AdamW and the splitting of a step's images.
 
     Args:
-        lr: learning rate, constant after the warm-up.
+        lr: the highest learning rate.
         warmup_steps: steps over which it rises linearly.
-        minibatch: images an update.
-        micro_batch: images a forward; gradients accumulate up to the minibatch. The whole minibatch when null.
+        schedule: what it does afterwards: stay, or fall to 0 at the last step, linearly or as a cosine.
+        minibatch: images an update, over all ranks.
+        micro_batch: images a forward on one rank; gradients accumulate up to the minibatch. All of them when null.
         grad_clip: largest global norm of the gradient; null for none.
     """
 
     lr: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: NonNegative = 0.0
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     minibatch: Positive = 32
@@ -147,19 +193,54 @@ class RewardConfig(_Section):
 
 
 class EvalConfig(_Section):
-    """The evaluation before and after training, from seeds that do not change with the run's.
+    """The evaluation before and after training, and in between, from seeds that do not change with the run's.
 
     Args:
         samples: images, spread evenly over the classes.
         seed: of their random numbers.
+        every: steps from one evaluation in between to the next; 0 for none.
+        inference: also evaluate images drawn with guidance, top-k and top-p, as at inference.
+        guidance, top_k, top_p: of these.
+        rewards: services whose scores are looked at and never optimised.
     """
 
     samples: Positive = 500
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 20_250_523
+    every: Annotated[int, Field(ge=0)] = 0
+    inference: bool = False
+    guidance: NonNegative = 1.5
+    top_k: Annotated[int, Field(ge=0)] = 900
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.96
+    rewards: tuple[RewardConfig, ...] = ()
+
+
+class CheckpointConfig(_Section):
+    """The states that a run can go on from.
+
+    Args:
+        every: steps from one to the next.
+        keep: how many of the last are kept, besides the best by reward.
+    """
+
+    every: Positive = 20
+    keep: Positive = 2
 
 
 class RunConfig(_Section):
-    """Length, seed, place and device of the run."""
+    """Length, seed, place and device of the run.
+
+    Args:
+        name: of its folder; the recipe's when null.
+        dir: where its folder is.
+        steps: of training.
+        seed: of everything random.
+        device: of the trainer.
+        dtype: of the transformer's arithmetic; weights and optimizer stay in float32.
+        grid_every: steps from one grid of samples to the next; 0 for the first and the last alone.
+        score_timeout_s: how long a reward may be away before the run stops.
+        resume: `auto` goes on with the run of that name, where there is one.
+        loggers: where the metrics go besides `metrics.jsonl`.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")] | None = None
     dir: Path = Path("runs")
@@ -169,6 +250,8 @@ class RunConfig(_Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     grid_every: Annotated[int, Field(ge=0)] = 0
     score_timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    resume: Literal["never", "auto"] = "never"
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
 
 
 class Config(_Section):
@@ -181,6 +264,7 @@ class Config(_Section):
     optim: OptimConfig = OptimConfig()
     rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
     eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
@@ -201,141 +285,34 @@ class Config(_Section):
                 f"rollout.chunk is {self.rollout.chunk}; it must be a multiple of rollout.group_size "
                 f"{self.rollout.group_size}"
             )
-        names = [reward.name for reward in self.rewards]
+        names = [reward.name for reward in (*self.rewards, *self.eval.rewards)]
         if len(set(names)) < len(names):
             raise ValueError(f"rewards are named {names}; each name may stand once")
         return self
 
+    def check_ranks(self, size: int) -> None:
+        """Check that the work can be shared by so many ranks.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        for name, count in (("rollout.labels", self.rollout.labels), ("optim.minibatch", self.optim.minibatch)):
+            if count % size:
+                raise ConfigError(f"{name} is {count}, which {size} ranks cannot share evenly: make it a multiple")
+
+    def identity(self) -> str:
+        """A digest of the settings that a run cannot change when it goes on."""
+        content = self.to_dict()
+        kept = {name: content[name] for name in ("model", "rollout", "grpo", "optim", "rewards")}
+        for name, free in FREE_TO_CHANGE.items():
+            for each in kept[name] if isinstance(kept[name], list) else [kept[name]]:
+                for key in free:
+                    del each[key]
+        kept["run"] = {key: content["run"][key] for key in ("seed", "dtype")}
+        if self.optim.schedule != "constant":  # the rate of each step depends on how many there are
+            kept["run"]["steps"] = self.run.steps
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they are written to the run's folder."""
         return self.model_dump(mode="json")
-
-
-def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
-    folder = resources.files("trainer") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def read_recipe(recipe: str) -> tuple[str, dict[str, Any]]:
-    """Name and content of a recipe, by its name or by the path of a YAML file.
-
-    Raises:
-        ConfigError: there is none, or it is not a YAML mapping.
-    """
-    if recipe in recipe_names():
-        name, text = recipe, (resources.files("trainer") / "recipes" / f"{recipe}.yaml").read_text("utf-8")
-    elif recipe.endswith((".yaml", ".yml")):
-        name = Path(recipe).stem
-        try:
-            text = Path(recipe).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise ConfigError(
-                f"recipe {recipe}: {reason}; give the path of a YAML file or a name from --list"
-            ) from error
-    else:
-        raise ConfigError(
-            f"unknown recipe {recipe!r}; known: {', '.join(recipe_names())}; or give the path of a .yaml file"
-        )
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {recipe} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"recipe {recipe} holds a {type(content).__name__}; it must be a mapping of sections")
-    return name, content
-
-
-def _assign(content: dict[str, Any], key: str, value: Any) -> None:
-    """Sets `section.key` (or `rewards.0.weight`) in place."""
-    *parents, last = key.split(".")
-    node: Any = content
-    for depth, part in enumerate(parents):
-        if isinstance(node, list):
-            if not part.isdecimal() or int(part) >= len(node):
-                raise ConfigError(
-                    f"--{key}: {'.'.join(parents[:depth])} has entries 0 to {len(node) - 1}, not {part!r}"
-                )
-            node = node[int(part)]
-        else:
-            node = node.setdefault(part, {})
-        if not isinstance(node, dict | list):
-            raise ConfigError(f"--{key}: {'.'.join(parents[: depth + 1])} is a value, not a section")
-    if isinstance(node, list):
-        raise ConfigError(f"--{key}: name the field of the entry, as in rewards.0.weight")
-    node[last] = value
-
-
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--section.key value` or `--section.key=value` pairs; values are read as YAML.
-
-    Raises:
-        ConfigError: an argument that is not of that form.
-    """
-    overrides: dict[str, Any] = {}
-    rest = list(arguments)
-    while rest:
-        option = rest.pop(0)
-        if not option.startswith("--") or len(option) < 3:
-            raise ConfigError(f"unexpected argument {option!r}; options are --section.key value")
-        key, equals, text = option[2:].partition("=")
-        if not equals:
-            if not rest or (rest[0].startswith("--") and len(rest[0]) > 2):
-                raise ConfigError(f"--{key} needs a value: --{key} VALUE")
-            text = rest.pop(0)
-        try:
-            overrides[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--{key} {text!r} is not a value: {' '.join(str(error).split())}") from error
-    return overrides
-
-
-def _explain(error: ValidationError) -> str:
-    lines = []
-    for problem in error.errors(include_url=False):
-        where = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = f"unknown key; known here: {_known_keys(problem['loc'][:-1])}"
-        elif problem["type"] == "missing":
-            message = "missing; give it a value"
-        elif where:
-            message = f"{problem['input']!r}: {message}"
-        lines.append(f"{where}: {message}" if where else message)
-    return "; ".join(lines)
-
-
-def _known_keys(location: tuple[int | str, ...]) -> str:
-    section: Any = Config
-    for part in location:
-        if part == "rewards":
-            section = RewardConfig
-        elif isinstance(part, str) and isinstance(section, type) and issubclass(section, BaseModel):
-            field = section.model_fields.get(part)
-            section = field.annotation if field else section
-    if not (isinstance(section, type) and issubclass(section, BaseModel)):
-        return "see the recipe files"
-    return ", ".join(section.model_fields)
-
-
-def load_config(recipe: str, overrides: Mapping[str, Any]) -> Config:
-    """The resolved settings of a run.
-
-    Args:
-        recipe: a recipe's name or the path of a YAML file.
-        overrides: dotted key → value, on top of it.
-
-    Raises:
-        ConfigError: with one line that names each offending key, its value and the limit.
-    """
-    name, content = read_recipe(recipe)
-    for key, value in overrides.items():
-        _assign(content, key, value)
-    try:
-        config = Config.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(f"recipe {name}: {_explain(error)}") from error
-    if config.run.name is None:
-        config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
-    return config

@@ -91,7 +91,7 @@ class LossTerms(NamedTuple):
 def grpo_loss(
     log_probs_BL: Tensor,
     old_BL: Tensor,
-    reference_BL: Tensor,
+    reference_BL: Tensor | None,
     advantages_B: Tensor,
     *,
     clip: float,
@@ -102,13 +102,13 @@ def grpo_loss(
     Args:
         log_probs_BL: log π_θ of the sampled tokens, float (B, L), with gradient.
         old_BL: log-probs recorded while sampling, float (B, L).
-        reference_BL: log π_ref of the same tokens, float (B, L).
+        reference_BL: log π_ref of the same tokens, float (B, L); None for no KL, which is then 0.
         advantages_B: float (B,).
         clip: ε > 0.
         beta: weight of the KL, ≥ 0.
     """
     ratio_BL = (log_probs_BL - old_BL).exp()
-    kl_BL = k3_kl(log_probs_BL, reference_BL)
+    kl_BL = torch.zeros_like(log_probs_BL) if reference_BL is None else k3_kl(log_probs_BL, reference_BL)
     objective_BL = clipped_objective(ratio_BL, advantages_B, clip) - beta * kl_BL
     ratio_BL = ratio_BL.detach()
     return LossTerms(

@@ -3,16 +3,19 @@
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Protocol, Self
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
+
+from trainer.config import Config, ConfigError
+from trainer.models.checkpoints import write_atomically
 
 Metrics = dict[str, float | None]
 
@@ -49,18 +52,83 @@ class Phases:
         return named | {"seconds/step": total, "images_per_second": images / total}
 
 
+class Logger(Protocol):
+    """Where metrics go besides the file."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the numbers of a step, counted from 1."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class TensorBoard:
+    """Event files under the run's folder."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], done: int) -> None:
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the numbers of a step."""
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._board.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases, named after the folder; `WANDB_MODE=offline` keeps it here."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], done: int) -> None:
+        try:
+            import wandb  # noqa: PLC0415 - optional
+        except ImportError as error:
+            raise ConfigError("run.loggers has wandb, which is not installed: pip install wandb") from error
+        self._run = wandb.init(project="var-grpo", name=folder.name, dir=str(folder), config=dict(settings))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the numbers of a step."""
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._run.finish()
+
+
+LOGGERS: dict[str, Callable[[Path, Mapping[str, Any], int], Logger]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+}
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep of a file of metrics the lines up to a step: the steps after it are about to be taken again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text("utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    content = "".join(kept).encode()
+    write_atomically(path, len(content), lambda temporary: temporary.write_bytes(content))
+
+
 class MetricsLog:
-    """Writes each step's metrics to `metrics.jsonl` and TensorBoard under a run's folder, and shows them live.
+    """Writes each step's metrics to `metrics.jsonl` and the loggers, and shows them live; on the first rank alone.
 
     Args:
         folder: of the run.
-        steps: how many steps there will be.
+        config: of the run.
         console: where the progress bar is drawn.
+        done: steps that are done already; what the file has of later ones, which were not saved, is dropped.
+        writes: whether this rank does anything at all.
     """
 
-    def __init__(self, folder: Path, steps: int, console: Console) -> None:
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+    def __init__(self, folder: Path, config: Config, console: Console, done: int, writes: bool) -> None:
+        self._writes = writes
         self._bar = Progress(
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
@@ -69,16 +137,21 @@ class MetricsLog:
             TextColumn("{task.description}"),
             console=console,
             refresh_per_second=2,
+            disable=not writes,
         )
-        self._task = self._bar.add_task("starting", total=steps)
+        self._task = self._bar.add_task("starting", total=config.run.steps, completed=done)
+        self._loggers: list[Logger] = []
+        if writes:
+            _drop_after(folder / "metrics.jsonl", done)
+            self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._loggers = [LOGGERS[name](folder, config.to_dict(), done) for name in config.run.loggers]
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Records one finished step; a value that is None is written as null and skipped by TensorBoard."""
+        """Records one finished step; a value that is None is written as null and skipped by the loggers."""
         self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in metrics.items():
-            if value is not None:
-                self._board.add_scalar(name, value, step)
+        for logger in self._loggers:
+            logger.log(step, {name: value for name, value in metrics.items() if value is not None})
         self._bar.update(self._task, completed=step, description=_headline(metrics))
 
     def __enter__(self) -> Self:
@@ -94,9 +167,12 @@ class MetricsLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._bar.stop()
+        if not self._writes:
+            return
         try:
             self._file.close()
-            self._board.close()
+            for logger in self._loggers:
+                logger.close()
         except OSError:
             if error is None:  # else a full disk has already been reported
                 raise

@@ -5,26 +5,31 @@ Parses the settings, starts what the run needs, calls the training step, writes 
 
 import argparse
 import logging
-import signal
+import shlex
 import sys
 from collections.abc import Sequence
-from types import FrameType
-from typing import NoReturn
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
 from services.client import RewardError
-from trainer.config import DEFAULT_RECIPE, ConfigError, load_config, parse_overrides, read_recipe, recipe_names
+from trainer.config import ConfigError
 from trainer.local_rewards import LocalRewardsError
+from trainer.options import DEFAULT_RECIPE, load_config, parse_overrides, read_recipe, recipe_names
+from trainer.settings import Ranks
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0 done, 1 failed, 2 wrong settings, 130 interrupted."""
+def main(arguments: Sequence[str] | None = None, *, ends_process: bool = False) -> int:
+    """Runs the command line; returns the exit code.
+
+    0: all steps are done. 1: failed. 2: wrong settings. 75: not done, and `--resume` goes on. 130: interrupted at once.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m trainer.run",
         description="Fine-tune a next-scale image model by GRPO against reward services.",
-        epilog="Every setting of a recipe is an option, e.g. --run.steps 20 --optim.lr 1e-4 --rewards.0.url http://…",
+        epilog="Every setting of a recipe is an option, e.g. --run.steps 20 --optim.lr 1e-4 --rewards.0.url http://…; "
+        "--resume [FOLDER] goes on with the latest run of that name, or with the one in FOLDER.",
     )
     parser.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help=f"name or .yaml file ({DEFAULT_RECIPE})")
     parser.add_argument("--list", action="store_true", help="list the recipes and exit")
@@ -38,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "-h" in given or "--help" in given:
         parser.print_help()
         return 0
-    return run_safely(known.recipe, given[1:] if has_recipe else given, console)
+    return run_safely(known.recipe, given[1:] if has_recipe else given, console, ends_process=ends_process)
 
 
 def list_recipes(console: Console) -> None:
@@ -50,21 +55,30 @@ def list_recipes(console: Console) -> None:
         console.print(f"[bold]{name:<{width}}[/]  {summary}", soft_wrap=True)
 
 
-def run_safely(recipe: str, options: Sequence[str], console: Console) -> int:
+def run_safely(recipe: str, options: Sequence[str], console: Console, *, ends_process: bool) -> int:
     """Trains, and turns every expected failure into one line and an exit code."""
     logging.getLogger("stamina").addHandler(logging.NullHandler())  # a retry that succeeds is no news
-    previous = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
+        options, resume, must_resume = take_resume(options)
         config = load_config(recipe, parse_overrides(options))
         # Only now, for a mistyped option should not wait for torch.
+        from trainer.distributed import RankError  # noqa: PLC0415
+        from trainer.failures import EXIT_SUSPENDED, Stopped, Suspended  # noqa: PLC0415
         from trainer.judges import JudgeError  # noqa: PLC0415
+        from trainer.lora import LoraError  # noqa: PLC0415
         from trainer.models.checkpoints import CheckpointError  # noqa: PLC0415
         from trainer.scoring import ScoreError  # noqa: PLC0415
-        from trainer.session import train  # noqa: PLC0415
+        from trainer.session import Start, train  # noqa: PLC0415
 
-        expected = (RewardError, LocalRewardsError, ScoreError, CheckpointError, JudgeError, FloatingPointError)
+        start = Start(recipe, resume, must_resume, shlex.join([*command_of(Ranks()), recipe, *options]), ends_process)
+        expected = (
+            *(RewardError, LocalRewardsError, ScoreError, RankError, Stopped, FloatingPointError),
+            *(CheckpointError, JudgeError, LoraError),
+        )
         try:
-            train(config, recipe, console)
+            train(config, start, console)
+        except Suspended as error:
+            return _fail(console, error, code=EXIT_SUSPENDED)
         except expected as error:
             return _fail(console, error, code=1)
         except OSError as error:
@@ -73,15 +87,34 @@ def run_safely(recipe: str, options: Sequence[str], console: Console) -> int:
     except ConfigError as error:
         return _fail(console, error, code=2)
     except KeyboardInterrupt:
-        kept = "the services are stopped; a checkpoint is written after the last step, not before"
+        kept = "the services are stopped; --resume goes on from the last state that was saved, if there is one"
         return _fail(console, f"interrupted; {kept}", code=130)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     return 0
 
 
-def _on_sigterm(signum: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+def command_of(ranks: Ranks) -> list[str]:
+    """The command that started this process, but for the recipe and its options."""
+    if ranks.world_size == 1:
+        return ["python", "-m", "trainer.run"]
+    return ["torchrun", "--nproc-per-node", str(ranks.local_world_size), "-m", "trainer.run"]
+
+
+def take_resume(options: Sequence[str]) -> tuple[list[str], Path | None, bool]:
+    """The options without `--resume [FOLDER]`, the folder, and whether it was there.
+
+    Raises:
+        ConfigError: it is there twice.
+    """
+    left, given, folder = list(options), False, None
+    for form in [option for option in options if option.partition("=")[0] == "--resume"]:
+        if given:
+            raise ConfigError("--resume is given twice: give it once")
+        given, position = True, left.index(form)
+        _, equals, text = left.pop(position).partition("=")
+        if not equals and position < len(left) and not left[position].startswith("--"):
+            text = left.pop(position)
+        folder = Path(text) if text else None
+    return left, folder, given
 
 
 def _fail(console: Console, error: object, *, code: int) -> int:
@@ -91,4 +124,4 @@ def _fail(console: Console, error: object, *, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(ends_process=True))

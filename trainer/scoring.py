@@ -7,7 +7,7 @@ way. Shape legend: B images · H, W pixels.
 import asyncio
 import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.client import RewardClient
+from services.protocol import Info
 from trainer.config import RewardConfig
 from trainer.shaping import Scores
 
@@ -33,6 +34,12 @@ class Scored(NamedTuple):
     shaped: dict[str, Scores]
     success: NDArray[np.bool_] | None  # reached every threshold; None where nothing is thresholded
     reward: Scores  # weighted sum of the shaped rewards
+
+    def map(self, change: Callable[[Scores], Scores]) -> "Scored":
+        """The same with every row of scores changed alike."""
+        success = None if self.success is None else change(self.success.astype(np.float64)) > 0
+        raw, shaped = ({name: change(values) for name, values in each.items()} for each in (self.raw, self.shaped))
+        return Scored(raw, shaped, success, change(self.reward))
 
 
 def combine(raw: Mapping[str, Scores], rewards: Sequence[RewardConfig], count: int) -> Scored:
@@ -81,6 +88,7 @@ class Scorer:
         timeout_s: seconds a batch may take, retries included.
         ready_timeout_s: seconds to wait for the services to be ready.
         token: bearer token that is sent to all of them.
+        models: name and version of each reward's model, by its name, where the run has begun already.
 
     Raises:
         RewardError: a service cannot be reached or is not ready in time.
@@ -94,6 +102,7 @@ class Scorer:
         timeout_s: float,
         ready_timeout_s: float = 30.0,
         token: str | None = None,
+        models: Mapping[str, str] | None = None,
     ) -> None:
         self._rewards, self._timeout_s = tuple(rewards), timeout_s
         self._clients = {
@@ -101,7 +110,7 @@ class Scorer:
         }
         self._in_flight: set[asyncio.Task[object] | None] = set()
         self._broken: Exception | None = None
-        self._models: dict[str, str] = {}
+        self.models: dict[str, str] = dict(models or {})
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
         self._thread.start()
@@ -115,6 +124,8 @@ class Scorer:
         for client in self._clients.values():
             await client.__aenter__()
         await asyncio.gather(*(client.wait_ready(ready_timeout_s) for client in self._clients.values()))
+        for reward in self._rewards:
+            _check_prompt(reward, await self._clients[reward.name].info())
 
     def submit(self, images_BHW3: NDArray[np.uint8]) -> Future[Scored]:
         """Starts scoring uint8 images (B, H, W, 3) by every reward; the future holds the result or the error."""
@@ -159,7 +170,7 @@ class Scorer:
 
     def _check_model(self, name: str, model: str) -> None:
         """Scores of two models cannot be compared: throughout a run each reward is one."""
-        first = self._models.setdefault(name, model)
+        first = self.models.setdefault(name, model)
         if first != model:
             raise ScoreError(
                 f"{name!r} was scored by {first} and now is by {model}: bring the first back, or start a new run"
@@ -187,6 +198,18 @@ class Scorer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _check_prompt(reward: RewardConfig, info: Info) -> None:
+    """Finds before the first step what every step would fail by, or would do without.
+
+    Raises:
+        ScoreError: the service needs a prompt and the recipe has none, or the recipe has one that would be ignored.
+    """
+    if info.needs_prompts and reward.prompt is None:
+        raise ScoreError(f"{reward.name!r} compares images with a prompt, and the recipe has none: give it a `prompt`")
+    if reward.prompt is not None and not info.uses_prompts:
+        raise ScoreError(f"{reward.name!r} does not read prompts, and the recipe has {reward.prompt!r}: leave it out")
 
 
 def collect(pending: Sequence[Future[Scored]]) -> Scored:

@@ -1,160 +1,293 @@
-"""One run from start to end: its folder, its services, the evaluation before and after, and the steps in between."""
+"""One run from start to end: its services, the evaluations, the steps in between, and what is saved when."""
 
 import json
-import os
-import platform
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import nn
 
-from trainer.build import make_learner
-from trainer.config import Config
-from trainer.evaluation import Samples, draw_samples, score_samples, spread_labels
+from trainer.build import choose_device, make_learner
+from trainer.checkpoint import Checkpoints, RunState
+from trainer.config import Config, RewardConfig
+from trainer.distributed import Group
+from trainer.evaluation import Evaluator
+from trainer.failures import Stopped, Suspended, passes
+from trainer.interrupt import Interrupt
 from trainer.local_rewards import LocalRewards
 from trainer.loop import Learner, train_step
 from trainer.metrics import Metrics, MetricsLog
-from trainer.models.checkpoints import save_var, write_atomically
-from trainer.pictures import save_grid
+from trainer.models.checkpoints import CheckpointError, write_atomically
+from trainer.run_folder import STATES, describe, open_folder, write_text
+from trainer.run_state import Snapshot, Tensors, generators, restore, tensors_of
 from trainer.scoring import Scorer
-from trainer.settings import Settings
+from trainer.settings import Ranks, Settings
+from trainer.update import NotFinite
 
-PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "redis", "fastapi", "httpx", "pydantic")
 READY_S = 30.0
-GRID_COLUMNS = 16
-GRID_ROWS = 4
+SPARE_S = 600.0
+"""How much longer than for the scores a rank waits for another: an evaluation, a checkpoint."""
 
 
-def train(config: Config, recipe: str, console: Console) -> Path:
+@dataclass(frozen=True)
+class Start:
+    """How a run is started.
+
+    Args:
+        recipe: its name.
+        resume: the folder of a run or of one of its states to go on from, if one was named.
+        must_resume: whether it must go on, and not begin.
+        command: what resumes it, but for the folder.
+        ends_process: whether the process ends with the run.
+    """
+
+    recipe: str
+    resume: Path | None = None
+    must_resume: bool = False
+    command: str = "python -m trainer.run"
+    ends_process: bool = False
+
+
+def train(config: Config, start: Start, console: Console) -> Path:
     """Trains by a resolved configuration and returns the run's folder.
 
     Args:
         config: validated settings.
-        recipe: the name it came from.
+        start: how it was started.
         console: for progress and the closing table.
 
     Raises:
-        ConfigError, CheckpointError, JudgeError, LocalRewardsError, RewardError, ScoreError, FloatingPointError,
-        OSError: with a message of one line; services that the run started are stopped first.
+        Suspended: it was told to stop, or a service stayed away; the state is saved.
+        Stopped: it reached a bound of its settings; the state is saved.
+        ConfigError, CheckpointError, JudgeError, LoraError, LocalRewardsError, RewardError, ScoreError, RankError,
+        FloatingPointError, OSError: with a message of one line; services that the run started are stopped first.
     """
-    torch.manual_seed(config.run.seed)
-    learner = make_learner(config)
-    folder = make_folder(config.run.dir, config.run.name or recipe)
-    _write(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
-    _write(folder / "versions.json", json.dumps(_versions(learner.vqvae), indent=2) + "\n")
-    console.print(f"[bold]{escape(recipe)}[/] → {escape(f'{folder}   {config.summary}')}", soft_wrap=True)
-    local = [reward.name for reward in config.rewards if reward.url is None]
-    with LocalRewards(local, folder / "services.log") as services:
-        urls = services.urls | {reward.name: reward.url for reward in config.rewards if reward.url is not None}
-        for name, url in urls.items():
-            started = "  (started for this run)" if name in services.urls else ""
-            console.print(escape(f"reward {name}: {url}{started}"), soft_wrap=True)
-        timeout_s = config.run.score_timeout_s
-        ready_s, token = min(timeout_s, READY_S), Settings().token
-        with Scorer(config.rewards, urls, timeout_s=timeout_s, ready_timeout_s=ready_s, token=token) as scorer:
-            services.when_dead(scorer.abort)
-            return _train(config, recipe, learner, scorer, folder, console)
-
-
-def _train(config: Config, recipe: str, learner: Learner, scorer: Scorer, folder: Path, console: Console) -> Path:
-    before = _evaluate(config, learner, scorer)
-    _grid(config, learner, folder, 0)
-    began = time.perf_counter()
-    excluded = 0.0  # seconds of grids and evaluations, which are not training
-    with MetricsLog(folder, config.run.steps, console) as log:
-        for step in range(config.run.steps):
-            log.write(step + 1, train_step(learner, scorer.submit, config, step))
-            paused = time.perf_counter()
-            done = step + 1 == config.run.steps
-            if done or (config.run.grid_every and (step + 1) % config.run.grid_every == 0):
-                _grid(config, learner, folder, step + 1)
-            excluded += time.perf_counter() - paused
-    seconds = time.perf_counter() - began - excluded
-    metadata = {"recipe": recipe, "seed": str(config.run.seed), "steps": str(config.run.steps)}
-    save_var(folder / "checkpoint" / "var.safetensors", learner.policy, metadata)  # first: what follows may fail
-    after = _evaluate(config, learner, scorer)
-    summary = {
-        "recipe": recipe,
-        "seed": config.run.seed,
-        "steps": config.run.steps,
-        "seconds": round(seconds, 1),
-        "before": before,
-        "after": after,
-    }
-    _write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    _closing_table(summary, folder, console)
+    ranks = Ranks()
+    config.check_ranks(ranks.world_size)
+    device = choose_device(config.run.device, ranks.local_rank)
+    timeout_s = config.run.score_timeout_s + SPARE_S
+    with ExitStack() as stack:
+        interrupt = stack.enter_context(Interrupt(console, is_last=start.ends_process))
+        console = console if ranks.rank == 0 else Console(quiet=True)
+        group = stack.enter_context(closing(Group(ranks, device, timeout_s=timeout_s)))
+        torch.manual_seed(config.run.seed)
+        with group.together():
+            learner = make_learner(config, group, device)
+            again = start.must_resume or ranks.torchelastic_restart_count > 0
+            found = open_folder(config, start.resume, must_resume=again) if group.leads else None
+        folder, state_path = _told(group, found)
+        states = Checkpoints(folder / STATES, keep=config.checkpoint.keep, run=config.identity())
+        with group.together():
+            state = states.load(state_path) if state_path or states.latest() else None
+            if state is not None:
+                restore(learner, state.tensors)
+            if group.leads:
+                describe(folder, config, device)
+        step = 0 if state is None else state.step
+        _announce(config, start, folder, step, console)
+        scorers = _open_scorers(config, group, folder, stack, console, {} if state is None else state.values["models"])
+        evaluator = Evaluator(config, learner, *scorers)
+        run = Session(config, start, learner, group, folder, states, evaluator, scorers[0], interrupt, console, step)
+        if state is not None:
+            run.seconds, run.before = state.values["seconds"], state.values["before"]
+        run.train()
     return folder
 
 
-def make_folder(parent: Path, name: str) -> Path:
-    """A new folder `parent/name`, or `name-2`, `name-3` … where that is taken; two runs never share one."""
-    parent.mkdir(parents=True, exist_ok=True)
-    for number in range(1, 10_000):
-        folder = parent / (name if number == 1 else f"{name}-{number}")
+def _told(group: Group, found: tuple[Path, Path | None] | None) -> tuple[Path, Path | None]:
+    """What the first rank found, for all."""
+    folder, state = json.loads(group.tell(json.dumps([str(path or "") for path in found] if found else None)))
+    return Path(folder), Path(state) if state else None
+
+
+def _announce(config: Config, start: Start, folder: Path, step: int, console: Console) -> None:
+    goes_on = f"   resumed after step {step}" if step else ""
+    line = f"[bold]{escape(start.recipe)}[/] → {escape(f'{folder}   {config.summary}{goes_on}')}"
+    console.print(line, soft_wrap=True)
+
+
+def _open_scorers(
+    config: Config, group: Group, folder: Path, stack: ExitStack, console: Console, models: Mapping[str, str]
+) -> tuple[Scorer, Scorer | None]:
+    """The services that are optimised, and those that are only looked at; both as clients of this rank."""
+    every = (*config.rewards, *config.eval.rewards)
+    local = [reward.name for reward in every if reward.url is None]
+    with group.together():
+        services = stack.enter_context(LocalRewards(local if group.leads else [], folder / "services.log"))
+    urls: dict[str, str] = json.loads(group.tell(json.dumps(services.urls)))
+    for name, url in urls.items():
+        console.print(escape(f"reward {name}: {url}  (started for this run)"), soft_wrap=True)
+    for reward in every:
+        if reward.url is not None:
+            urls[reward.name] = reward.url
+            console.print(escape(f"reward {reward.name}: {reward.url}"), soft_wrap=True)
+
+    def open_scorer(rewards: tuple[RewardConfig, ...]) -> Scorer:
+        timeout_s = config.run.score_timeout_s
+        scorer = Scorer(
+            rewards,
+            urls,
+            timeout_s=timeout_s,
+            ready_timeout_s=min(timeout_s, READY_S),
+            token=Settings().token,
+            models=models,
+        )
+        services.when_dead(scorer.abort)
+        return stack.enter_context(scorer)
+
+    with group.together():
+        scorer = open_scorer(config.rewards)
+        watcher = open_scorer(config.eval.rewards) if config.eval.rewards and group.leads else None
+    return scorer, watcher
+
+
+@dataclass
+class Session:
+    """A run between its start and its end, on one rank."""
+
+    config: Config
+    start: Start
+    learner: Learner
+    group: Group
+    folder: Path
+    states: Checkpoints
+    evaluator: Evaluator
+    scorer: Scorer
+    interrupt: Interrupt
+    console: Console
+    step: int
+    seconds: float = 0.0
+    before: Metrics | None = None
+    _reward: float | None = field(default=None, init=False)
+
+    def train(self) -> None:
+        """Evaluate, take all steps, evaluate, sum up."""
+        if self.before is None:
+            self.before = self._evaluate("before", 0)
+        snapshot = Snapshot(self.learner) if self.group.leads else None
+        with (
+            self.interrupt.deferred(),
+            MetricsLog(self.folder, self.config, self.console, self.step, self.group.leads) as log,
+        ):
+            while self.step < self.config.run.steps:
+                self._take_step(log, snapshot)
+        self._finish()
+
+    def _take_step(self, log: MetricsLog, snapshot: Snapshot | None) -> None:
+        """One step, and whatever is due after it."""
+        began_s = time.perf_counter()
+        if snapshot is not None:
+            snapshot.take()
         try:
-            folder.mkdir()
-        except FileExistsError:
-            continue
-        return folder
-    raise OSError(f"{parent} holds 9,999 runs named {name}; set another --run.name or --run.dir")
+            metrics = train_step(self.learner, self.scorer.submit, self.config, self.step)
+        except Exception as error:
+            raise self._save_after(error, snapshot) from error
+        self.step += 1
+        self.seconds += time.perf_counter() - began_s
+        self._reward = metrics["reward"]
+        with self.group.together():
+            if self.group.leads:
+                log.write(self.step, metrics)
+        config, done = self.config, self.step == self.config.run.steps
+        if config.eval.every and not self.step % config.eval.every and not done:
+            self._evaluate("between", self.step)
+        elif done or (config.run.grid_every and not self.step % config.run.grid_every):
+            self._draw_grid()
+        stops = self.group.any(self.interrupt.requested)
+        kl, bound = metrics["kl"], config.grpo.max_kl
+        exceeds = bound is not None and kl is not None and kl > bound
+        if done or stops or exceeds or not self.step % config.checkpoint.every:
+            self._save()
+        if stops and not done:
+            raise Suspended(f"interrupted; the state after step {self.step} is saved, {self._remedy()}")
+        if exceeds:
+            raise Stopped(f"step {self.step}: the KL is {kl:.3f}, grpo.max_kl is {bound}; the state after it is saved")
+
+    def _save(self) -> None:
+        """Save the state as it is now."""
+        with self.group.together():
+            if self.group.leads:
+                self._write(self.step, tensors_of(self.learner) | generators(), self._reward)
+
+    def _write(self, step: int, tensors: Tensors, reward: float | None) -> None:
+        values = {"seconds": self.seconds, "before": self.before, "models": self.scorer.models}
+        self.states.save(RunState(step, tensors, values, reward))
+
+    def _save_after(self, error: Exception, snapshot: Snapshot | None) -> Exception:
+        """Save what there was before a step that failed; and what a loss that was not finite came from.
+
+        Returns:
+            The error to raise: `Suspended` for one that passes.
+        """
+        if snapshot is not None:  # the first rank, which needs no other to save
+            try:
+                self._write(self.step, snapshot.tensors(), self._reward)
+            except CheckpointError as second:  # the first error is the one to report, and not as one that passes
+                self.console.print(f"[bold red]the state could not be saved:[/] {escape(str(second))}", soft_wrap=True)
+                return error
+            if isinstance(error, NotFinite):
+                path = self.folder / "not_finite" / f"step_{self.step + 1:06d}.safetensors"
+                save_tensors(path, error.minibatch)
+                return NotFinite(f"{error}; its minibatch is in {path}", error.minibatch)
+        if not passes(error):
+            return error
+        return Suspended(f"{error}; the state after step {self.step} is saved, {self._remedy()}")
+
+    def _remedy(self) -> str:
+        return f"go on with: {self.start.command} --resume {self.folder}"
+
+    def _evaluate(self, when: str, step: int) -> Metrics | None:
+        """Measure the policy; the first rank alone does, the others wait."""
+        measured: Metrics | None = None
+        with self.group.together():
+            if self.group.leads:
+                measured = self.evaluator.measure()
+                self.evaluator.save_grid(self.folder, step)
+                if when == "between":
+                    write_text(
+                        self.folder / "evaluations" / f"step_{step:06d}.json", json.dumps(measured, indent=2) + "\n"
+                    )
+        return measured
+
+    def _draw_grid(self) -> None:
+        with self.group.together():
+            if self.group.leads:
+                self.evaluator.save_grid(self.folder, self.step)
+
+    def _finish(self) -> None:
+        """Keep the trained policy, measure it and sum up."""
+        config = self.config
+        metadata = {"recipe": self.start.recipe, "seed": str(config.run.seed), "steps": str(config.run.steps)}
+        after: Metrics | None = None
+        with self.group.together():
+            if self.group.leads:
+                self.evaluator.policy.save(self.folder / "checkpoint" / "var.safetensors", metadata)  # first
+                after = self.evaluator.measure()
+                summary = {
+                    "recipe": self.start.recipe,
+                    "seed": config.run.seed,
+                    "steps": config.run.steps,
+                    "seconds": round(self.seconds, 1),
+                    "before": self.before,
+                    "after": after,
+                }
+                write_text(self.folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+                _closing_table(summary, self.folder, self.console)
 
 
-def evaluation_samples(config: Config, learner: Learner) -> Samples:
-    """The images that a run is measured by, before and after: set by `eval.seed`, not by the run's."""
-    return draw_samples(
-        learner.policy,
-        learner.vqvae,
-        spread_labels(config.eval.samples, learner.classes),
-        temperature=config.rollout.temperature,
-        seed=config.eval.seed,
-        chunk=config.rollout.chunk,
-        autocast=learner.autocast(),
-    )
+def save_tensors(path: Path, tensors: Tensors) -> None:
+    """Write tensors for study."""
+    from safetensors.torch import save_file  # noqa: PLC0415 - where something went wrong
 
-
-def _evaluate(config: Config, learner: Learner, scorer: Scorer) -> Metrics:
-    samples = evaluation_samples(config, learner)
-    return score_samples(samples, scorer.submit, learner.judge, chunk=config.rollout.chunk)
-
-
-def _grid(config: Config, learner: Learner, folder: Path, step: int) -> None:
-    """Samples of the same labels and seeds each time: a column a label, a row a seed."""
-    columns = np.asarray(learner.classes[:: max(1, len(learner.classes) // GRID_COLUMNS)][:GRID_COLUMNS])
-    samples = draw_samples(
-        learner.policy,
-        learner.vqvae,
-        np.tile(columns, GRID_ROWS),
-        temperature=config.rollout.temperature,
-        seed=config.eval.seed + 1,
-        chunk=config.rollout.chunk,
-        autocast=learner.autocast(),
-    )
-    save_grid(folder / "grids" / f"step_{step:06d}.png", samples.images_BHW3, columns=len(columns))
-
-
-def _write(path: Path, text: str) -> None:
-    content = text.encode()
-    write_atomically(path, len(content), lambda temporary: temporary.write_bytes(content))
-
-
-def _versions(model: nn.Module) -> dict[str, str]:
-    device, system = next(model.parameters()).device, os.uname()
-    return {
-        "python": platform.python_version(),
-        "platform": f"{system.sysname} {system.release} {system.machine}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": str(torch.get_num_threads()),
-        **{package: version(package) for package in PACKAGES},
-    }
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    needed = sum(tensor.nbytes for tensor in contiguous.values())
+    write_atomically(path, needed, lambda temporary: save_file(contiguous, temporary))
 
 
 def _closing_table(summary: Mapping[str, Any], folder: Path, console: Console) -> None:

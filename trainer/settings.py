@@ -4,6 +4,18 @@ from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
+class Ranks(BaseSettings):
+    """What torchrun tells each process; a process that nobody told anything is alone."""
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, frozen=True, extra="ignore")
+
+    rank: int = Field(default=0, ge=0, description="of this process")
+    world_size: int = Field(default=1, ge=1, description="processes of the run")
+    local_rank: int = Field(default=0, ge=0, description="of this process on its machine: which GPU is its own")
+    local_world_size: int = Field(default=1, ge=1, description="processes of the run on this machine")
+    torchelastic_restart_count: int = Field(default=0, ge=0, description="how often torchrun started them again")
+
+
 class Settings(BaseSettings):
     """What a run may be told besides its recipe."""
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext, suppress
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +21,15 @@ from numpy.typing import NDArray
 from services.rewards.brightness import Brightness
 from tests.services.conftest import descendants, is_alive, wait_until
 from trainer.config import Config, RewardConfig
-from trainer.loop import Learner
+from trainer.distributed import Group
+from trainer.loop import LabelJudge, Learner
 from trainer.models.checkpoints import save_var, save_vqvae
 from trainer.models.var import VAR, VARConfig
 from trainer.models.vqvae import VQVAE, VQVAEConfig
 from trainer.run import main
 from trainer.scoring import Scored, combine
+from trainer.settings import Ranks
+from trainer.var_policy import Context, VarPolicy
 
 ROOT = Path(__file__).resolve().parents[2]
 PATCH_NUMS = (1, 2, 4)
@@ -78,22 +82,31 @@ def make_config(**sections: dict[str, Any]) -> Config:
     return Config.model_validate(content)
 
 
-def make_learner(config: Config, **changes: Any) -> Learner:
+class TinyLearner(Learner):
+    """A learner whose policies are known to be VARs."""
+
+    policy: VarPolicy
+    reference: VarPolicy
+
+
+def make_learner(
+    config: Config, *, judge: LabelJudge | None = None, autocast: Context = nullcontext, group: Group | None = None
+) -> TinyLearner:
     """Policy, frozen reference, tokenizer and optimizer, as a run makes them."""
-    policy = make_var()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay)
-    learner = Learner(
+    var = make_var()
+    policy = VarPolicy(var, make_vqvae(), tuple(range(TINY.num_classes)), autocast)
+    return TinyLearner(
         policy=policy,
-        reference=deepcopy(policy).requires_grad_(False),
-        vqvae=make_vqvae(),
-        optimizer=optimizer,
-        classes=tuple(range(TINY.num_classes)),
-        judge=None,
-        autocast=nullcontext,
+        reference=replace(policy, var=deepcopy(var).requires_grad_(False)),
+        optimizer=torch.optim.AdamW(var.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay),
+        judge=judge,
+        group=group or alone(),
     )
-    for name, value in changes.items():
-        setattr(learner, name, value)
-    return learner
+
+
+def alone() -> Group:
+    """A group of this process."""
+    return Group(Ranks(), torch.device("cpu"), timeout_s=60)
 
 
 def answered(result: Scored | BaseException) -> Future[Scored]:
@@ -170,11 +183,12 @@ class Outcome(NamedTuple):
 class Run:
     """A `python -m trainer.run …` of a test, with its output in files."""
 
-    def __init__(self, arguments: Sequence[object], folder: Path) -> None:
+    def __init__(self, arguments: Sequence[object], folder: Path, *, ranks: int = 1) -> None:
         self._out, self._err = folder / "stdout", folder / "stderr"
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", "trainer.run", *map(str, arguments)],
+                [sys.executable, "-m", *launcher, "trainer.run", *map(str, arguments)],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,
@@ -200,6 +214,30 @@ class Run:
         """Send a signal to this process alone."""
         self._popen.send_signal(number)
 
+    @property
+    def pid(self) -> int:
+        """Of the process that was started."""
+        return self._popen.pid
+
+    def is_running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._popen.poll() is None
+
+    def rank(self, number: int) -> int:
+        """The process of a rank."""
+        wanted = f"RANK={number}".encode()
+        (pid,) = (
+            pid
+            for pid in descendants(self._popen.pid)
+            if {wanted, b"WORLD_SIZE=2"} <= set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+            and b"trainer.run" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+        return pid
+
+    def error(self) -> str:
+        """What it has said so far."""
+        return self._err.read_text()
+
     def _has_ended(self) -> bool:
         self.note_children()
         return self._popen.poll() is not None
@@ -222,10 +260,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Starts runs as processes; all are ended with the test."""
     runs: list[Run] = []
 
-    def starter(*arguments: object) -> Run:
+    def starter(*arguments: object, ranks: int = 1) -> Run:
         folder = tmp_path / f"output-{len(runs)}"
         folder.mkdir()
-        runs.append(Run(arguments, folder))
+        runs.append(Run(arguments, folder, ranks=ranks))
         return runs[-1]
 
     yield starter

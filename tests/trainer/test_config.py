@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from trainer.config import Config, ConfigError, load_config, parse_overrides, read_recipe, recipe_names
+from trainer.config import Config, ConfigError
+from trainer.options import load_config, parse_overrides, read_recipe, recipe_names
 from trainer.shaping import Affine, AtLeast, Below
 
 RECIPES = Path(__file__).resolve().parents[2] / "trainer" / "recipes"

@@ -1,19 +1,21 @@
 """What is compared before and after training, and the outside judges."""
 
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from tests.trainer.conftest import TINY, make_config, make_learner
+from tests.trainer.conftest import TINY, Submit, make_config, make_learner
 from trainer.config import Config
-from trainer.evaluation import Samples, draw_samples, spread_labels
+from trainer.evaluation import Evaluator, Samples, draw_samples, spread_labels
 from trainer.judges import make_judge
-from trainer.loop import Learner
 from trainer.miniature.quality import held_out
 from trainer.miniature.render import POLICY_WORLD
-from trainer.session import evaluation_samples
+from trainer.policy import Rollout
+from trainer.scoring import Scored, Scorer
 
 
 @pytest.mark.parametrize(
@@ -37,19 +39,45 @@ def test_five_hundred_images_reach_both_ends_of_imagenet() -> None:
     assert labels.max() == 998
 
 
-def samples_of(config: Config, learner: Learner) -> Samples:
-    """What a run evaluates."""
-    return evaluation_samples(config, learner)
+EVALUATED = ((1, 4), (2, 4), (1, 5))
+
+
+class Sent(Scorer):
+    """Scores in this process, and keeps what it was sent."""
+
+    def __init__(self) -> None:
+        self.here = Submit()
+
+    def submit(self, images_BHW3: np.ndarray) -> Future[Scored]:
+        return self.here(images_BHW3)
+
+
+def measured(config: Config) -> np.ndarray:
+    """The images that a run is measured by."""
+    scorer = Sent()
+    Evaluator(config, make_learner(config), scorer, None).measure()
+    return np.concatenate(scorer.here.batches)
+
+
+def test_inference_and_watched_rewards_are_measured_besides() -> None:
+    """Guided images have numbers of their own; a reward that is only looked at has no part in the reward."""
+    config = make_config(eval={"samples": 6, "inference": True, "top_k": 8})
+    scorer, watcher = Sent(), Sent()
+    found = Evaluator(config, make_learner(config), scorer, watcher).measure()
+    assert {"reward", "inference/reward", "raw_score/brightness", "inference/raw_score/brightness"} <= found.keys()
+    plain, guided = np.split(np.concatenate(scorer.here.batches), 2)
+    assert not np.array_equal(plain, guided)
+    assert np.array_equal(np.concatenate(watcher.here.batches), np.concatenate([plain, guided]))
 
 
 def test_the_evaluation_does_not_depend_on_the_runs_seed() -> None:
     """Two runs of other seeds are compared on the same samples; another `eval.seed` draws others."""
-    first = make_config(run={"seed": 1}, eval={"samples": 6})
-    images = samples_of(first, make_learner(first)).images_BHW3
-    other = make_config(run={"seed": 2}, eval={"samples": 6})
-    assert np.array_equal(samples_of(other, make_learner(other)).images_BHW3, images)
-    reseeded = make_config(run={"seed": 1}, eval={"samples": 6, "seed": 5})
-    assert not np.array_equal(samples_of(reseeded, make_learner(reseeded)).images_BHW3, images)
+    first, other, reseeded = (
+        make_config(run={"seed": seed}, eval={"samples": 6, "seed": eval_seed}) for seed, eval_seed in EVALUATED
+    )
+    images, same, others = (measured(config) for config in (first, other, reseeded))
+    assert np.array_equal(same, images)
+    assert not np.array_equal(others, images)
 
 
 def test_a_sample_depends_on_its_own_number_alone() -> None:
@@ -57,15 +85,10 @@ def test_a_sample_depends_on_its_own_number_alone() -> None:
     learner, labels_B = make_learner(make_config()), spread_labels(7, tuple(range(TINY.num_classes)))
 
     def drawn(chunk: int) -> Samples:
-        return draw_samples(
-            learner.policy,
-            learner.vqvae,
-            labels_B,
-            temperature=0.7,
-            seed=1,
-            chunk=chunk,
-            autocast=learner.autocast(),
-        )
+        def plain(labels: Tensor, uniforms: Tensor) -> Rollout:
+            return learner.policy.sample(labels, temperature=0.7, uniforms_BL=uniforms)
+
+        return draw_samples(learner.policy, labels_B, plain, seed=1, chunk=chunk)
 
     assert np.array_equal(drawn(2).images_BHW3, drawn(7).images_BHW3)
 

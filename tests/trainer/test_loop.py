@@ -11,13 +11,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.trainer.conftest import Submit, answered, make_config, make_learner, same_weights, weights
+from tests.trainer.conftest import Submit, TinyLearner, answered, make_config, make_learner, same_weights, weights
 from trainer.config import Config, RewardConfig
 from trainer.grpo import group_advantages, k3_kl
-from trainer.loop import Learner, train_step
+from trainer.loop import train_step
 from trainer.metrics import Metrics
-from trainer.policy import log_probs
-from trainer.rollout import draw_labels, roll_out
+from trainer.rollout import roll_out
 from trainer.scoring import Scored, ScoreError
 from trainer.shaping import AtLeast
 
@@ -52,7 +51,7 @@ def test_metrics_mean_what_they_say() -> None:
     assert metrics["zero_variance_groups"] == 0.5
     assert metrics["advantage_abs_mean"] == pytest.approx((3 / math.sqrt(3) + math.sqrt(3)) / 8)
     assert metrics["label_accuracy"] == 0.25
-    labels_N = draw_labels(config.run.seed, 0, 2, (0, 1, 2, 3))
+    labels_N = make_learner(config).policy.draw_conditions(config.run.seed, 0, 2)
     assert seen[0].tolist() == labels_N.repeat_interleave(4).tolist()
     seconds = [value for name, value in metrics.items() if name.startswith("seconds/") and name != "seconds/step"]
     assert metrics["seconds/step"] == pytest.approx(sum(filter(None, seconds)))
@@ -86,7 +85,7 @@ def gradients(micro_batch: int | None) -> tuple[dict[str, torch.Tensor], Metrics
     found: dict[str, torch.Tensor] = {}
 
     def note(*_: Any) -> None:
-        found.update({name: p.grad.clone() for name, p in learner.policy.named_parameters() if p.grad is not None})
+        found.update({name: p.grad.clone() for name, p in learner.policy.var.named_parameters() if p.grad is not None})
 
     learner.optimizer.register_step_pre_hook(note)
     return found, train_step(learner, Submit(), config, 0)
@@ -115,7 +114,7 @@ def test_the_gradient_norm_is_clipped_and_reported_before() -> None:
 
     def note(*_: Any) -> None:
         norms.append(
-            float(torch.cat([p.grad.flatten() for p in learner.policy.parameters() if p.grad is not None]).norm())
+            float(torch.cat([p.grad.flatten() for p in learner.policy.var.parameters() if p.grad is not None]).norm())
         )
 
     learner.optimizer.register_step_pre_hook(note)
@@ -145,7 +144,7 @@ def test_a_score_error_leaves_the_weights_unchanged(fails: Callable[[NDArray[np.
     """Nothing is learnt from a step whose scores are not all there, even if only the last chunk lacks them."""
     config, submit = make_config(), Submit()
     learner = make_learner(config)
-    before = weights(learner.policy)
+    before = weights(learner.policy.var)
 
     def last_fails(images_BHW3: NDArray[np.uint8]) -> Future[Scored]:
         answer = submit(images_BHW3)
@@ -153,7 +152,7 @@ def test_a_score_error_leaves_the_weights_unchanged(fails: Callable[[NDArray[np.
 
     with pytest.raises(ScoreError):
         train_step(learner, last_fails, config, 0)
-    assert same_weights(weights(learner.policy), before)
+    assert same_weights(weights(learner.policy.var), before)
     assert not learner.optimizer.state
 
 
@@ -162,26 +161,26 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights() -> None:
     config = make_config()
     learner = make_learner(config)
     with torch.no_grad():
-        learner.reference.head.bias.fill_(math.nan)
-    before = weights(learner.policy)
+        learner.reference.var.head.bias.fill_(math.nan)
+    before = weights(learner.policy.var)
     with pytest.raises(FloatingPointError, match=r"step 0: loss nan.*lower optim.lr"):
         train_step(learner, Submit(), config, 0)
-    assert same_weights(weights(learner.policy), before)
+    assert same_weights(weights(learner.policy.var), before)
     assert not learner.optimizer.state
-    assert all(p.grad is None for p in learner.policy.parameters())
+    assert all(p.grad is None for p in learner.policy.var.parameters())
 
 
 def test_only_the_policy_is_trained() -> None:
     """Reference and tokenizer stay as they were; so does the mode of the policy, in which nothing is dropped."""
     config = make_config()
     learner = make_learner(config)
-    frozen = weights(learner.reference), weights(learner.vqvae)
-    before = weights(learner.policy)
+    frozen = weights(learner.reference.var), weights(learner.policy.vqvae)
+    before = weights(learner.policy.var)
     train_step(learner, Submit(), config, 0)
-    assert same_weights(weights(learner.reference), frozen[0])
-    assert same_weights(weights(learner.vqvae), frozen[1])
-    assert not same_weights(weights(learner.policy), before)
-    assert not learner.policy.training
+    assert same_weights(weights(learner.reference.var), frozen[0])
+    assert same_weights(weights(learner.policy.vqvae), frozen[1])
+    assert not same_weights(weights(learner.policy.var), before)
+    assert not learner.policy.var.training
 
 
 def test_the_kl_is_to_the_reference_and_not_to_the_sampling_policy() -> None:
@@ -189,13 +188,14 @@ def test_the_kl_is_to_the_reference_and_not_to_the_sampling_policy() -> None:
     config = make_config(optim={"minibatch": 16})
     learner = make_learner(config)
     with torch.no_grad():
-        learner.policy.head.bias.add_(torch.randn(learner.policy.head.bias.shape, generator=torch.manual_seed(1)))
-    labels_N = draw_labels(config.run.seed, 0, 4, learner.classes)
+        learner.policy.var.head.bias.add_(
+            torch.randn(learner.policy.var.head.bias.shape, generator=torch.manual_seed(1))
+        )
     settings = config.rollout
-    experience, _ = roll_out(
+    experience, _, _ = roll_out(
         learner.policy,
-        learner.vqvae,
-        labels_N,
+        learner.policy.draw_conditions(config.run.seed, 0, 4),
+        range(4),
         Submit(),
         group_size=settings.group_size,
         temperature=settings.temperature,
@@ -203,11 +203,11 @@ def test_the_kl_is_to_the_reference_and_not_to_the_sampling_policy() -> None:
         seed=config.run.seed,
         step=0,
     )
-    seen = (experience.labels_B, experience.var_input_BLmC, experience.tokens_BL)
+    seen = (experience.conditions_B, experience.tokens_BL)
     with torch.no_grad():
         policy_BL, reference_BL = (
-            log_probs(model, *seen, temperature=settings.temperature)[0]
-            for model in (learner.policy, learner.reference)
+            policy.log_probs(*seen, temperature=settings.temperature)[0]
+            for policy in (learner.policy, learner.reference)
         )
     expected = float(k3_kl(policy_BL, reference_BL).mean())
     assert expected > 0.05
@@ -215,11 +215,11 @@ def test_the_kl_is_to_the_reference_and_not_to_the_sampling_policy() -> None:
     assert number(metrics, "kl") == pytest.approx(expected, rel=1e-3)
 
 
-def make_low_precision(device: str) -> tuple[Config, Learner]:
+def make_low_precision(device: str) -> tuple[Config, TinyLearner]:
     """A small learner under bfloat16 autocast, on a device."""
     config = make_config(optim={"minibatch": 8, "micro_batch": 4})
     learner = make_learner(config, autocast=lambda: torch.autocast(device, torch.bfloat16))
-    for model in (learner.policy, learner.reference, learner.vqvae):
+    for model in (learner.policy.var, learner.reference.var, learner.policy.vqvae):
         model.to(device)
     return config, learner
 
@@ -227,13 +227,13 @@ def make_low_precision(device: str) -> tuple[Config, Learner]:
 def check_low_precision(device: str) -> None:
     """One step in bfloat16: all numbers finite, the weights float32 and moved, the decoder in float32."""
     config, learner = make_low_precision(device)
-    before, decoded = weights(learner.policy), []
-    learner.vqvae.decoder.conv_out.register_forward_hook(lambda _, __, out: decoded.append(out.dtype))
+    before, decoded = weights(learner.policy.var), []
+    learner.policy.vqvae.decoder.conv_out.register_forward_hook(lambda _, __, out: decoded.append(out.dtype))
     metrics = train_step(learner, Submit(), config, 0)
     assert all(value is None or math.isfinite(value) for value in metrics.values())
     assert number(metrics, "ratio_error_first") < 0.1
-    assert not same_weights(weights(learner.policy), before)
-    assert {entry.dtype for entry in learner.policy.parameters()} == {torch.float32}
+    assert not same_weights(weights(learner.policy.var), before)
+    assert {entry.dtype for entry in learner.policy.var.parameters()} == {torch.float32}
     assert set(decoded) == {torch.float32}
 
 
@@ -252,12 +252,12 @@ def test_equal_rewards_change_nothing() -> None:
     """No advantage, and at the reference no KL either: the gradient is 0 and plain descent moves no weight."""
     config = make_config(optim={"lr": 0.5, "minibatch": 16})
     learner = make_learner(config)
-    learner.optimizer = torch.optim.SGD(learner.policy.parameters(), lr=config.optim.lr)
-    before = weights(learner.policy)
+    learner.optimizer = torch.optim.SGD(learner.policy.var.parameters(), lr=config.optim.lr)
+    before = weights(learner.policy.var)
     metrics = train_step(learner, lambda images: given(np.full(len(images), 0.1 + 0.2)), config, 0)
     assert metrics["zero_variance_groups"] == 1.0
     assert number(metrics, "grad_norm") < 1e-6
-    for name, entry in weights(learner.policy).items():
+    for name, entry in weights(learner.policy.var).items():
         torch.testing.assert_close(entry, before[name], atol=1e-6, rtol=0)
 
 
@@ -269,7 +269,7 @@ def test_the_same_seed_gives_the_same_step() -> None:
         learner = make_learner(config)
         metrics = train_step(learner, Submit(), config, 0)
         kept = {k: v for k, v in metrics.items() if not k.startswith("seconds/") and k != "images_per_second"}
-        return weights(learner.policy), kept
+        return weights(learner.policy.var), kept
 
     first, again, other = run(0), run(0), run(1)
     assert same_weights(first[0], again[0])
@@ -295,7 +295,7 @@ def test_a_greater_beta_stays_closer_to_the_reference() -> None:
     """The KL after the same number of steps falls with β."""
 
     def last_kl(beta: float) -> float:
-        config = make_config(grpo={"beta": beta}, optim={"lr": 1e-2})
+        config = make_config(grpo={"beta": beta, "measure_kl": True}, optim={"lr": 1e-2})
         learner = make_learner(config)
         return number([train_step(learner, Submit(), config, step) for step in range(6)][-1], "kl")
 
@@ -318,7 +318,7 @@ def test_each_image_learns_from_its_own_group() -> None:
             return given(scores_B)
 
         metrics = train_step(learner, shifted, config, 0)
-        states.append(weights(learner.policy))
+        states.append(weights(learner.policy.var))
         expected = group_advantages(torch.tensor([[0.0, 0.25, 0.5, 0.75]])).abs().mean()
         assert number(metrics, "advantage_abs_mean") == pytest.approx(float(expected), abs=1e-5)
     assert same_weights(*states)

@@ -19,9 +19,9 @@ from PIL import Image
 from services.protocol import MEDIA_JSON, Info, Limits
 from tests.services.conftest import descendants, wait_until
 from tests.trainer.conftest import Outcome, Run, make_var, same_weights, weights
-from trainer.config import load_config, recipe_names
 from trainer.miniature.weights import FILES
 from trainer.models.checkpoints import load_var, read_metadata
+from trainer.options import load_config, recipe_names
 
 Start = Callable[..., Run]
 RunHere = Callable[..., Outcome]
@@ -51,10 +51,11 @@ def assert_failed(outcome: Outcome, *words: str, code: int = 1) -> None:
         assert word in said[-1]
 
 
-def assert_nothing_saved(recipe: Path) -> None:
-    """No checkpoint, no summary, nothing half-written."""
+def assert_nothing_saved(recipe: Path, *, states: int = 0) -> None:
+    """No checkpoint, no summary, nothing half-written, and so many states to go on from."""
     left = files(recipe.parent / "runs") if (recipe.parent / "runs").exists() else set()
     assert not {name for name in left if "checkpoint" in name or "summary" in name or name.endswith(".tmp")}, left
+    assert len({name for name in left if name.endswith("manifest.json")}) == states, left
 
 
 def assert_complete(folder: Path) -> None:
@@ -69,6 +70,7 @@ def assert_complete(folder: Path) -> None:
         "services.log",
         "summary.json",
         "checkpoint/var.safetensors",
+        *(f"states/step_00000002/{name}" for name in ("state.safetensors", "values.json", "manifest.json")),
         *(f"grids/step_{step:06d}.png" for step in (0, 1, 2)),
     }
 
@@ -207,7 +209,7 @@ def test_a_full_disk_while_writing_the_checkpoint_is_one_line(run_here: RunHere,
     """The file, its size and the remedy, and nothing of it is left; the smaller files before it were written."""
     with largest_file(64 * 1024):
         outcome = run_here(recipe)
-    assert_failed(outcome, "var.safetensors: cannot be written", "bytes", "make room")
+    assert_failed(outcome, "state.safetensors", "File too large", "make room")
     assert_nothing_saved(recipe)
     assert len(lines(recipe.parent / "runs" / "tiny" / "metrics.jsonl")) == 2
 
@@ -295,8 +297,9 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(start: Start, recipe: Path) ->
     wait_until(lambda: trains(recipe), 120)
     assert len(run.note_children()) == 4
     run.send(signal.SIGINT)
-    assert_failed(run.outcome(), "interrupted", code=130)
-    assert_nothing_saved(recipe)
+    folder = recipe.parent / "runs" / "tiny"
+    assert_failed(run.outcome(), "interrupted", "is saved", f"--resume {folder}", code=75)
+    assert_nothing_saved(recipe, states=1)
     assert lines(recipe.parent / "runs" / "tiny" / "metrics.jsonl")
 
 
@@ -315,7 +318,7 @@ def test_sigterm_is_one_line_and_leaves_no_process(run_here: RunHere, recipe: Pa
     orchestrator.start()
     outcome = run_here(recipe, *ENDLESS)
     orchestrator.join()
-    assert_failed(outcome, "interrupted", code=130)
+    assert_failed(outcome, "interrupted", "is saved", code=75)
     assert len(children) >= 4
-    assert_nothing_saved(recipe)
+    assert_nothing_saved(recipe, states=1)
     assert signal.getsignal(signal.SIGTERM) is before

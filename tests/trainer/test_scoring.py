@@ -135,7 +135,7 @@ class Misbehaving(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        info = Info(name="odd", version="1", bodies=[MEDIA_JSON], limits=Limits())
+        info = Info(name="odd", version="1", uses_prompts=True, bodies=[MEDIA_JSON], limits=Limits())
         self._answer(200, info.model_dump_json() if self.path == "/info" else '{"status": "ok"}')
 
     def do_POST(self) -> None:
@@ -204,6 +204,19 @@ def test_a_service_that_misbehaves_gives_an_error_and_never_a_number(
     url = f"http://127.0.0.1:{odd_service.server_port}"
     with Scorer([reward("odd")], {"odd": url}, timeout_s=2) as scorer, pytest.raises(error):
         collect([scorer.submit(random_images(2, 4, 4, 3))])
+
+
+@pytest.mark.redis
+def test_a_prompt_that_is_missing_or_of_no_use_is_found_at_once(tmp_path: Path) -> None:
+    """Before the first image: a reward that compares with one, and one that reads none."""
+    with LocalRewards(["brightness", "mini-clip"], tmp_path / "services.log") as services:
+        for one, words in (
+            (reward("mini-clip"), "give it a `prompt`"),
+            (reward("brightness", prompt="a"), "leave it out"),
+        ):
+            with pytest.raises(ScoreError, match=words):
+                Scorer([one], services.urls, timeout_s=10)
+        Scorer([reward("mini-clip", prompt="a painting")], services.urls, timeout_s=10).close()
 
 
 @pytest.mark.parametrize("prompt", [None, "an old picture"])

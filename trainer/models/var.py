@@ -17,6 +17,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 OFFICIAL_DEPTHS = (16, 20, 24, 30, 36)
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -129,6 +130,13 @@ class Cache(NamedTuple):
     values: tuple[Tensor, ...]
 
 
+class FusedProjection(nn.Linear):
+    """A linear layer without a bias of its own, to which one made elsewhere is given."""
+
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(input, self.weight, bias)
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention; queries and keys may be normalised to the unit sphere. Keys have no bias."""
 
@@ -146,12 +154,12 @@ class SelfAttention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("zero_k_bias", torch.zeros(width))
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.mat_qkv = FusedProjection(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BlC: Tensor, mask_11LL: Tensor | None, cache: LayerCache | None) -> Tensor:
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
-        qkv_BlF = F.linear(x_BlC, self.mat_qkv.weight, bias)
+        qkv_BlF: Tensor = self.mat_qkv(x_BlC, bias)
         qkv_Bl3Hc = qkv_BlF.view(*x_BlC.shape[:2], 3, self.heads, -1)
         q_BHlc, k_BHlc, v_BHlc = qkv_Bl3Hc.permute(2, 0, 3, 1, 4).unbind(0)
         if self.l2_norm:
@@ -239,6 +247,10 @@ class VAR(nn.Module):
         drop_path: probability in [0, 1) of skipping a branch of the last block, rising linearly from 0 at the first;
             in train mode only. Reinforcement learning leaves it at 0.
 
+    Attributes:
+        checkpoint_activations: whether a block's activations are computed again in the backward pass, not kept: less
+            memory, more time, the same gradients. Off at first; sampling never keeps any.
+
     Raises:
         ValueError: `drop_path` is out of range.
     """
@@ -251,6 +263,7 @@ class VAR(nn.Module):
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"drop_path is {drop_path}; it must be in [0, 1)")
         self.config = config
+        self.checkpoint_activations = False
         width, length, sides = config.width, config.length, config.patch_nums
         self.word_embed = nn.Linear(config.latent_channels, width)
         self.class_emb = nn.Embedding(config.num_classes + 1, width)
@@ -334,8 +347,15 @@ class VAR(nn.Module):
         x_BLC = torch.cat((first_BlC, later_BLmC.to(first_BlC.dtype)), dim=1)
         x_BLC = x_BLC + self.lvl_embed(self.lvl_1L) + self.pos_1LC
         modulation = self.modulate(cond_BD)
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for block, modulation_B16C in zip(self.blocks, modulation.blocks, strict=True):
-            x_BLC = block(x_BLC, modulation_B16C, self.attn_bias_for_masking, None)
+            arguments = (x_BLC, modulation_B16C, self.attn_bias_for_masking, None)
+            if recompute:
+                # Only DropPath draws numbers; to save the generator's state makes a GPU wait.
+                draws = bool(block.training and block.drop_path)
+                x_BLC = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=draws)
+            else:
+                x_BLC = block(*arguments)
         return cast(Tensor, self.head(self.head_nm(x_BLC, modulation.head_B12C)))
 
     @torch.no_grad()

@@ -1,0 +1,281 @@
+"""Runs that are killed, stopped or held up go on as if nothing had been."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.services.conftest import Process, wait_until
+from tests.trainer.conftest import Outcome, Run, make_var
+from tests.trainer.test_run import assert_failed, lines
+from trainer.models.checkpoints import save_var
+
+pytestmark = pytest.mark.redis
+
+Start = Callable[..., Run]
+RunHere = Callable[..., Outcome]
+STEPS = 12
+SETTINGS = ("--run.steps", STEPS, "--run.grid_every", 0, "--checkpoint.every", 3)
+
+
+def done_steps(folder: Path) -> int:
+    """How many lines of metrics a run has."""
+    path = folder / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_for(folder: Path, steps: int) -> None:
+    """Wait until so many steps are done."""
+    wait_until(lambda: done_steps(folder) >= steps, 120)
+
+
+def kill_in_the_middle(start: Start, recipe: Path, *, after: int, ranks: int, more: Sequence[object]) -> None:
+    """Start a run and kill all of it, once so many steps are done."""
+    run = start(recipe, *SETTINGS, *more, "--run.name", "parts", ranks=ranks)
+    wait_for(recipe.parent / "runs" / "parts", after)
+    run.note_children()
+    for pid in [*run.children, run.pid]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    run.outcome()
+
+
+def check_killed_and_resumed(
+    start: Start, recipe: Path, *, ranks: int = 1, more: Sequence[object] = (), rel: float = 0.0
+) -> None:
+    """Killed at a random step and resumed, twice, the metrics are those of a run that was never killed."""
+    assert start(recipe, *SETTINGS, *more, "--run.name", "whole", ranks=ranks).outcome().code == 0
+    generator = random.Random()
+    for after in (generator.randint(3, 6), generator.randint(7, STEPS - 1)):
+        resume = ("--resume",) if after > 6 else ()
+        kill_in_the_middle(start, recipe, after=after, ranks=ranks, more=(*more, *resume))
+    outcome = start(recipe, *SETTINGS, *more, "--run.name", "parts", "--resume", ranks=ranks).outcome()
+    assert outcome.code == 0, outcome.err
+    assert "resumed after step" in outcome.err
+    runs = recipe.parent / "runs"
+    whole, parts = (lines(runs / name / "metrics.jsonl") for name in ("whole", "parts"))
+    assert [line["step"] for line in parts] == list(range(1, STEPS + 1))
+    if rel:
+        for one, other in zip(whole, parts, strict=True):
+            assert other == {k: v if v is None else pytest.approx(v, rel=rel, abs=rel) for k, v in one.items()}
+    else:
+        assert parts == whole
+    summaries = [json.loads((runs / name / "summary.json").read_text()) for name in ("whole", "parts")]
+    for when in ("before", "after"):
+        expected = {k: v if v is None else pytest.approx(v, rel=rel) for k, v in summaries[0][when].items()}
+        assert summaries[1][when] == expected
+
+
+def test_a_killed_run_goes_on_bit_for_bit(start: Start, recipe: Path) -> None:
+    """SIGKILL to all of it, at a random step."""
+    check_killed_and_resumed(start, recipe)
+
+
+@pytest.mark.slow
+def test_two_killed_ranks_go_on_bit_for_bit(start: Start, recipe: Path) -> None:
+    """The same with two of them."""
+    check_killed_and_resumed(start, recipe, ranks=2)
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_clip_goes_on(start: Start, recipe: Path) -> None:
+    """Scores of a network may differ in the last digits: within 1e-5."""
+    clip = ("--rewards.0.name", "mini-clip", "--rewards.0.prompt", "a painting", "--rewards.0.shape", "identity")
+    check_killed_and_resumed(start, recipe, more=clip, rel=1e-5)
+
+
+def test_a_stopped_run_goes_on_with_the_command_that_it_names(start: Start, run_here: RunHere, recipe: Path) -> None:
+    """SIGTERM, exit 75; the named folder is resumed, later steps may be added, and nothing is repeated."""
+    folder = recipe.parent / "runs" / "tiny"
+    run = start(recipe, "--run.steps", 100_000, "--run.grid_every", 0)
+    wait_until(lambda: done_steps(folder) >= 2, 120)
+    run.send(signal.SIGTERM)
+    outcome = run.outcome()
+    assert outcome.code == 75
+    done = done_steps(folder)
+    assert f"--resume {folder}" in outcome.err.splitlines()[-1]
+    resumed = run_here(recipe, "--run.steps", done + 2, "--run.grid_every", 0, "--resume", folder)
+    assert resumed.code == 0, resumed.err
+    assert [line["step"] for line in lines(folder / "metrics.jsonl")] == list(range(1, done + 3))
+
+
+def test_a_second_signal_ends_it_at_once(start: Start, recipe: Path) -> None:
+    """Whoever cannot wait for the step."""
+    run = start(
+        recipe, "--run.steps", 100_000, "--rollout.labels", 64, "--rollout.chunk", 256, "--optim.minibatch", 256
+    )
+    wait_until(lambda: done_steps(recipe.parent / "runs" / "tiny") >= 1, 120)
+    run.send(signal.SIGTERM)
+    wait_until(lambda: "once more ends the run at once" in run.error())
+    time.sleep(1.1)  # a moment later it is another signal
+    if run.is_running():
+        run.send(signal.SIGTERM)
+    assert run.outcome().code in {75, 130}  # the step may have been done by then
+
+
+def test_resume_without_a_run_is_one_line(run_here: RunHere, recipe: Path) -> None:
+    """By name and by folder."""
+    assert_failed(run_here(recipe, "--resume"), "no run named tiny", code=2)
+    assert_failed(run_here(recipe, "--resume", recipe.parent), "no run's folder", code=2)
+
+
+def test_auto_begins_where_there_is_nothing_and_goes_on_where_there_is(run_here: RunHere, recipe: Path) -> None:
+    """As a cluster starts the same command again and again."""
+    for steps in (2, 3):
+        outcome = run_here(recipe, "--run.resume", "auto", "--run.steps", steps)
+        assert outcome.code == 0, outcome.err
+    assert [line["step"] for line in lines(recipe.parent / "runs" / "tiny" / "metrics.jsonl")] == [1, 2, 3]
+    assert [path.name for path in (recipe.parent / "runs").iterdir()] == ["tiny"]
+
+
+def test_another_runs_state_is_refused(run_here: RunHere, recipe: Path) -> None:
+    """A recipe that would learn otherwise cannot go on from it; where the work is done may change."""
+    assert run_here(recipe).code == 0
+    folder = recipe.parent / "runs" / "tiny"
+    outcome = run_here(recipe, "--optim.lr", 0.01, "--run.steps", 3, "--resume", folder)
+    assert_failed(outcome, "resume with the settings that it was made with")
+    assert run_here(recipe, "--rollout.chunk", 4, "--run.steps", 3, "--resume", folder).code == 0
+
+
+def test_a_damaged_state_is_refused_and_the_one_before_offered(run_here: RunHere, recipe: Path) -> None:
+    """The line names it; resuming from it works."""
+    assert run_here(recipe, "--checkpoint.every", 1).code == 0
+    states = recipe.parent / "runs" / "tiny" / "states"
+    file = states / "step_00000002" / "state.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    outcome = run_here(recipe, "--run.steps", 3, "--resume")
+    assert_failed(outcome, "it was altered", f"resume with --resume {states / 'step_00000001'}")
+    outcome = run_here(recipe, "--run.steps", 3, "--resume", states / "step_00000001")
+    assert outcome.code == 0, outcome.err
+    assert [line["step"] for line in lines(states.parent / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_service_that_stays_away_leaves_a_run_that_goes_on(start: Start, run_here: RunHere, recipe: Path) -> None:
+    """Exit 75 after its budget, with the service and what resumes the run; the state is the last step's."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    folder = recipe.parent / "runs" / "tiny"
+    url = ("--rewards.0.url", f"http://127.0.0.1:{port}")
+    with (recipe.parent / "service").open("w+b") as stderr:
+        service = Process(("serve", "brightness", "--port", str(port), "--announce"), {}, stderr)
+        service.announced()
+        run = start(recipe, *url, "--run.steps", 100_000, "--run.grid_every", 0, "--run.score_timeout_s", 3)
+        wait_until(lambda: done_steps(folder) >= 2, 120)
+        service.send(signal.SIGTERM)
+        service.wait()
+        service.close()
+    outcome = run.outcome()
+    assert_failed(outcome, f"127.0.0.1:{port}", f"--resume {folder}", code=75)
+    done = done_steps(folder)
+    (state,) = (folder / "states").iterdir()
+    assert state.name == f"step_{done:08d}"
+    resumed = run_here(recipe, "--run.steps", done + 1, "--run.grid_every", 0, "--resume", folder)
+    assert resumed.code == 0, resumed.err
+
+
+def test_a_service_that_is_killed_in_a_step_changes_nothing(start: Start, recipe: Path) -> None:
+    """Worker and API die under a run, and are started again: the run goes on, with the same scores."""
+    results: list[list[dict[str, Any]]] = []
+    for kills in (False, True):
+        name = f"kills-{kills}"
+        with (recipe.parent / name).open("w+b") as stderr:
+            service = Process(("serve", "brightness", "--port", "0", "--announce"), {}, stderr)
+            url = service.url()
+            run = start(recipe, *SETTINGS, "--rewards.0.url", url, "--run.name", name)
+            for after, role in ((2, b"worker"), (5, b"api")) if kills else ():
+                wait_for(recipe.parent / "runs" / name, after)
+                for pid in service.children(role):
+                    os.kill(pid, signal.SIGKILL)
+            outcome = run.outcome()
+            assert outcome.code == 0, outcome.err
+            service.send(signal.SIGTERM)
+            service.wait()
+            service.close()
+        results.append(lines(recipe.parent / "runs" / name / "metrics.jsonl"))
+    assert results[0] == results[1]
+
+
+def test_a_reward_of_another_version_does_not_go_on(run_here: RunHere, recipe: Path) -> None:
+    """What the run began with is kept in its state."""
+    clip = ("--rewards.0.name", "mini-clip", "--rewards.0.prompt", "a painting", "--rewards.0.shape", "identity")
+    assert run_here(recipe, *clip).code == 0
+    states = recipe.parent / "runs" / "tiny" / "states"
+    values = json.loads((states / "step_00000002" / "values.json").read_text())
+    assert values["models"]["mini-clip"].startswith("mini-clip mini-clip-")
+    os.environ["REWARD_CLIP_PROMPT"] = "a sketch"  # which changes the version, and not these scores
+    try:
+        outcome = run_here(recipe, *clip, "--run.steps", 3, "--resume")
+    finally:
+        del os.environ["REWARD_CLIP_PROMPT"]
+    assert_failed(outcome, "was scored by mini-clip", "bring the first back, or start a new run")
+
+
+def test_a_loss_that_is_not_finite_keeps_its_minibatch(run_here: RunHere, recipe: Path, models: dict[str, str]) -> None:
+    """For study, beside the state before the step; the message names the file."""
+    var = make_var()
+    with torch.no_grad():
+        var.head.bias[3] = torch.nan
+    save_var(recipe.parent / "nan.safetensors", var)
+    outcome = run_here(recipe, "--model.var", recipe.parent / "nan.safetensors")
+    assert_failed(outcome, "step 0: loss nan", "its minibatch is in")
+    folder = recipe.parent / "runs" / "tiny"
+    minibatch = load_file(folder / "not_finite" / "step_000001.safetensors")
+    assert minibatch.keys() == {"conditions", "tokens", "log_probs", "reference", "advantages"}
+    assert minibatch["tokens"].shape == (4, 21)
+    assert (folder / "states" / "step_00000000").is_dir()
+
+
+def test_a_bound_on_the_kl_stops_the_run(run_here: RunHere, recipe: Path) -> None:
+    """Not 0, for not all steps are done; the state is there."""
+    outcome = run_here(recipe, "--grpo.max_kl", 1e-9, "--optim.lr", 0.01, "--run.steps", 50)
+    assert_failed(outcome, "grpo.max_kl is 1e-09")
+    assert list((recipe.parent / "runs" / "tiny" / "states").iterdir())
+
+
+def test_lora_trains_goes_on_and_is_saved_merged(run_here: RunHere, recipe: Path) -> None:
+    """Only adapters are in the state; the checkpoint is a plain VAR."""
+    lora = ("--model.lora", "{rank: 2, alpha: 4}")
+    assert run_here(recipe, *lora).code == 0
+    folder = recipe.parent / "runs" / "tiny"
+    state = load_file(folder / "states" / "step_00000002" / "state.safetensors")
+    assert 0 < len([name for name in state if name.startswith("policy/")]) == 2 * 2 * 4
+    outcome = run_here(recipe, *lora, "--run.steps", 3, "--resume")
+    assert outcome.code == 0, outcome.err
+    merged = shutil.copy(folder / "checkpoint" / "var.safetensors", recipe.parent / "merged.safetensors")
+    assert run_here(recipe, "--model.var", merged, "--run.steps", 1, "--run.name", "after").code == 0
+
+
+def test_every_switch_trains(run_here: RunHere, recipe: Path) -> None:
+    """No reference, blocking order, several epochs, a falling rate, activations computed again, evaluations between."""
+    content = yaml.safe_load(recipe.read_text())
+    content["grpo"] = {"beta": 0.0, "epochs": 2, "combine": "normalize_then_sum"}
+    content["rollout"] |= {"blocking": True}
+    content["optim"] |= {"schedule": "cosine", "warmup_steps": 1}
+    content["model"] |= {"recompute": True}
+    content["eval"] |= {"every": 1, "inference": True, "top_k": 8, "rewards": [{"name": "mini-aesthetic"}]}
+    recipe.write_text(yaml.safe_dump(content))
+    outcome = run_here(recipe, "--run.steps", 3)
+    assert outcome.code == 0, outcome.err
+    folder = recipe.parent / "runs" / "tiny"
+    metrics = lines(folder / "metrics.jsonl")
+    assert [line["kl"] for line in metrics] == [None] * 3
+    assert metrics[0]["learning_rate"] == metrics[1]["learning_rate"] > metrics[2]["learning_rate"] > 0
+    between = [json.loads(path.read_text()) for path in sorted((folder / "evaluations").iterdir())]
+    assert len(between) == 2
+    for measured in between:
+        assert {"raw_score/mini-aesthetic", "inference/raw_score/mini-aesthetic", "inference/reward"} <= measured.keys()

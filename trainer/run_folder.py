@@ -1,0 +1,94 @@
+"""A run's folder: made anew, or found again to go on in.
+
+It holds `config.yaml`, `versions.json`, `metrics.jsonl`, `tensorboard/`, `grids/`, `states/` (what `--resume` goes on
+from), `services.log`, and at the end `checkpoint/var.safetensors` and `summary.json`.
+"""
+
+import json
+import os
+import platform
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+
+from trainer.config import Config, ConfigError
+from trainer.models.checkpoints import write_atomically
+
+PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "redis", "fastapi", "httpx", "pydantic")
+STATES = "states"
+
+
+def make_folder(parent: Path, name: str) -> Path:
+    """A new folder `parent/name`, or `name-2`, `name-3` … where that is taken; two runs never share one."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 10_000):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise OSError(f"{parent} holds 9,999 runs named {name}; set another --run.name or --run.dir")
+
+
+def find_folder(parent: Path, name: str) -> Path | None:
+    """The latest of the folders that `make_folder` made of this name and that holds a state; None without one."""
+    pattern = re.compile(re.escape(name) + r"(?:-(\d+))?")
+    numbered = [
+        (int(match[1] or 1), folder)
+        for folder in (parent.iterdir() if parent.is_dir() else ())
+        if (match := pattern.fullmatch(folder.name)) and any((folder / STATES).glob("step_*"))
+    ]
+    return max(numbered)[1] if numbered else None
+
+
+def open_folder(config: Config, resume: Path | None, *, must_resume: bool) -> tuple[Path, Path | None]:
+    """The run's folder, and the state in it to go on from.
+
+    Args:
+        config: of the run, with its name.
+        resume: the folder of a run or of one of its states; None looks for the latest run of the name.
+        must_resume: whether it is an error that there is nothing to go on from.
+
+    Returns:
+        The folder, and the state's: None where the run begins, or where the folder's latest state is meant.
+
+    Raises:
+        ConfigError: there is nothing to go on from.
+    """
+    name = str(config.run.name)
+    if resume is not None:
+        state = resume if resume.parent.name == STATES else None
+        folder = resume if state is None else resume.parent.parent
+        if not (folder / STATES).is_dir():
+            raise ConfigError(f"--resume {resume}: no run's folder with states; give RUN or RUN/{STATES}/step_…")
+        return folder, state
+    found = find_folder(config.run.dir, name)
+    if found is not None and (must_resume or config.run.resume == "auto"):
+        return found, None
+    if must_resume:
+        raise ConfigError(f"--resume: no run named {name} in {config.run.dir} has a state; start it without --resume")
+    return make_folder(config.run.dir, name), None
+
+
+def describe(folder: Path, config: Config, device: torch.device) -> None:
+    """Write down the settings and the versions that the run has now."""
+    write_text(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+    system = os.uname()
+    versions = {
+        "python": platform.python_version(),
+        "platform": f"{system.sysname} {system.release} {system.machine}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": str(torch.get_num_threads()),
+        **{package: version(package) for package in PACKAGES},
+    }
+    write_text(folder / "versions.json", json.dumps(versions, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    content = text.encode()
+    write_atomically(path, len(content), lambda temporary: temporary.write_bytes(content))
