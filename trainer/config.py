@@ -285,6 +285,8 @@ class Config(_Section):
                 f"rollout.chunk is {self.rollout.chunk}; it must be a multiple of rollout.group_size "
                 f"{self.rollout.group_size}"
             )
+        if self.grpo.max_kl is not None and not self.grpo.beta and not self.grpo.measure_kl:
+            raise ValueError("grpo.max_kl needs a reference, which β = 0 does without: set grpo.measure_kl true")
         names = [reward.name for reward in (*self.rewards, *self.eval.rewards)]
         if len(set(names)) < len(names):
             raise ValueError(f"rewards are named {names}; each name may stand once")

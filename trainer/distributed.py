@@ -28,6 +28,9 @@ from trainer.settings import Ranks
 BEAT_S = 1.0
 DEAD_AFTER_S = 8.0
 """Silence after which a rank counts as dead; the others are gone within 30 s of its death."""
+JOIN_S = 60
+LEFT = b"left"
+"""The last beat of a rank that ends by itself, however long the others take."""
 MESSAGE_BYTES = 1024
 
 T = TypeVar("T")
@@ -72,22 +75,23 @@ class Group:
         self._closing = False
         if self.size == 1:
             return
+        attempt = ranks.torchelastic_restart_count  # torchrun keeps the store, and in it the addresses of the dead
+        backend = "nccl" if device.type == "cuda" else "gloo"
         try:
-            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=60)))
-            backend = "nccl" if device.type == "cuda" else "gloo"
+            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=JOIN_S)))
             dist.init_process_group(
                 backend,
-                store=PrefixStore("group", store),
+                store=PrefixStore(f"group/{attempt}", store),
                 rank=self.rank,
                 world_size=self.size,
                 timeout=timedelta(seconds=timeout_s),
                 device_id=device if backend == "nccl" else None,
             )
+            self._beats = PrefixStore(f"beats/{attempt}", store)
+            self._beats.set(str(self.rank), "0")
+            dist.barrier()
         except (RuntimeError, ValueError) as error:
             raise RankLost(f"rank {self.rank} cannot reach the others: {_one_line(error)}") from error
-        self._beats = PrefixStore("beats", store)
-        self._beats.set(str(self.rank), "0")
-        dist.barrier()
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
 
     @property
@@ -172,11 +176,12 @@ class Group:
         return bytes(data.tolist()).decode()
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group; the others may go on with what concerns them alone."""
         self._closing = True
         self._stop.set()
         if self.size > 1 and dist.is_initialized():
             with suppress(RuntimeError):
+                self._beats.set(str(self.rank), LEFT.decode())
                 dist.destroy_process_group()
 
     def _all_gather(self, mine_b: Tensor) -> Tensor:
@@ -192,11 +197,13 @@ class Group:
         """
         try:
             return collective()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             self._closing = True  # this rank reports it from here
             self._lost.wait(2 * DEAD_AFTER_S)
-            named = ", ".join(map(str, self._lost_ranks)) or "another"
-            raise RankLost(f"rank {named} is gone; rank {self.rank} cannot go on without it") from error
+            named = f"rank {', '.join(map(str, self._lost_ranks))}" if self._lost_ranks else "another rank"
+            raise RankLost(f"{named} is gone; rank {self.rank} cannot go on without it") from error
 
     def _watch(self) -> None:
         """Say that this rank lives, and end it when another does not: a collective may wait for the dead in vain."""
@@ -213,7 +220,10 @@ class Group:
             except RuntimeError:  # of the store, which is gone with the process that held it
                 seen = {rank: (value, since_s if rank else -DEAD_AFTER_S) for rank, (value, since_s) in seen.items()}
             now_s = time.monotonic()
-            self._lost_ranks = [rank for rank in seen if rank != self.rank and now_s - seen[rank][1] > DEAD_AFTER_S]
+            silent = [
+                rank for rank, (value, since_s) in seen.items() if value != LEFT and now_s - since_s > DEAD_AFTER_S
+            ]
+            self._lost_ranks = [rank for rank in silent if rank != self.rank]
             if self._lost_ranks:
                 self._lost.set()
                 time.sleep(2 * BEAT_S)  # the main thread may see it, too, and can do better

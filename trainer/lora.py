@@ -9,7 +9,7 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -96,7 +96,7 @@ def without_lora(var: VAR) -> Iterator[VAR]:
         LoraError: the model has no adapters.
     """
     layers = [layer for layer in _require(var).values() if not layer.disable_adapters]
-    adapters = [parameter for _, parameter in _parameters(var)]
+    adapters = [parameter for name, parameter in var.named_parameters() if ".lora_" in name]
     trainable = [parameter.requires_grad for parameter in adapters]
     for layer in layers:
         layer.enable_adapters(False)
@@ -152,48 +152,6 @@ def merge_lora(var: VAR) -> VAR:
     return plain.eval().requires_grad_(False)
 
 
-def adapter_state(var: VAR) -> dict[str, Tensor]:
-    """The adapters alone, as a run needs them to go on.
-
-    Args:
-        var: with adapters.
-
-    Returns:
-        Tensors by name, such as `blocks.0.attn.proj.lora_A.weight`, on the model's device; the model's own, not copies.
-
-    Raises:
-        LoraError: the model has no adapters.
-    """
-    _require(var)
-    return {name: parameter.detach() for name, parameter in _parameters(var)}
-
-
-@torch.no_grad()
-def load_adapter_state(var: VAR, state: Mapping[str, Tensor]) -> None:
-    """Fills the adapters of a model; nothing is changed where names or shapes differ.
-
-    Args:
-        var: with adapters of the same rank and targets.
-        state: what `adapter_state` gave, on any device.
-
-    Raises:
-        LoraError: the model has no adapters, or others than these.
-    """
-    _require(var)
-    adapters = dict(_parameters(var))
-    wanted = {name: tuple(parameter.shape) for name, parameter in adapters.items()}
-    found = {name: tuple(entry.shape) for name, entry in state.items()}
-    if differing := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
-        described = [f"{name} is {found.get(name, 'absent')} and not {wanted.get(name, 'known')}" for name in differing]
-        more = f" and {len(described) - SHOWN} more" if len(described) > SHOWN else ""
-        raise LoraError(
-            f"these adapters do not fit the model: {', '.join(described[:SHOWN])}{more}; "
-            "set the rank and the targets that they were trained with"
-        )
-    for name, parameter in adapters.items():
-        parameter.copy_(state[name])
-
-
 def _adapted(var: VAR) -> dict[str, Any]:
     """Layers with an adapter, by the name that the plain layer had; peft's, which only `add_lora` imports."""
     return {name: module for name, module in var.named_modules() if hasattr(module, "lora_A")}
@@ -204,9 +162,3 @@ def _require(var: VAR) -> dict[str, Any]:
     if not layers:
         raise LoraError("the model has no adapters; call add_lora first")
     return layers
-
-
-def _parameters(var: VAR) -> list[tuple[str, nn.Parameter]]:
-    """The adapters' parameters, under names without the adapter's own."""
-    named = var.named_parameters()
-    return [(name.replace(f".{ADAPTER}.", "."), parameter) for name, parameter in named if ".lora_" in name]

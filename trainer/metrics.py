@@ -109,7 +109,11 @@ def _drop_after(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_text("utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
+        try:
+            is_later = json.loads(line)["step"] > step
+        except (ValueError, KeyError, TypeError):  # cut short by a kill
+            break
+        if is_later or not line.endswith("\n"):
             break
         kept.append(line)
     content = "".join(kept).encode()

@@ -55,13 +55,17 @@ def list_recipes(console: Console) -> None:
         console.print(f"[bold]{name:<{width}}[/]  {summary}", soft_wrap=True)
 
 
-def run_safely(recipe: str, options: Sequence[str], console: Console, *, ends_process: bool) -> int:
+def run_safely(  # noqa: PLR0911 - a return for each exit code
+    recipe: str, options: Sequence[str], console: Console, *, ends_process: bool
+) -> int:
     """Trains, and turns every expected failure into one line and an exit code."""
     logging.getLogger("stamina").addHandler(logging.NullHandler())  # a retry that succeeds is no news
     try:
         options, resume, must_resume = take_resume(options)
         config = load_config(recipe, parse_overrides(options))
         # Only now, for a mistyped option should not wait for torch.
+        import torch  # noqa: PLC0415
+
         from trainer.distributed import RankError  # noqa: PLC0415
         from trainer.failures import EXIT_SUSPENDED, Stopped, Suspended  # noqa: PLC0415
         from trainer.judges import JudgeError  # noqa: PLC0415
@@ -81,6 +85,9 @@ def run_safely(recipe: str, options: Sequence[str], console: Console, *, ends_pr
             return _fail(console, error, code=EXIT_SUSPENDED)
         except expected as error:
             return _fail(console, error, code=1)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            remedy = "lower optim.micro_batch or rollout.chunk, or set model.recompute true or model.lora"
+            return _fail(console, f"out of memory: {error}; {remedy}", code=1)
         except OSError as error:
             remedy = "make room there, or set another --run.dir that can be written"
             return _fail(console, f"run.dir {config.run.dir}: {error}; {remedy}", code=1)

@@ -4,21 +4,26 @@ It holds `config.yaml`, `versions.json`, `metrics.jsonl`, `tensorboard/`, `grids
 from), `services.log`, and at the end `checkpoint/var.safetensors` and `summary.json`.
 """
 
+import fcntl
 import json
 import os
 import platform
 import re
 from importlib.metadata import version
 from pathlib import Path
+from typing import IO
 
 import torch
 import yaml
 
 from trainer.config import Config, ConfigError
 from trainer.models.checkpoints import write_atomically
+from trainer.settings import Ranks
 
 PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "redis", "fastapi", "httpx", "pydantic")
 STATES = "states"
+LAUNCH = ".launch"
+"""Holds the name that torchrun gave to the start of the run, which its restarts share."""
 
 
 def make_folder(parent: Path, name: str) -> Path:
@@ -45,12 +50,13 @@ def find_folder(parent: Path, name: str) -> Path | None:
     return max(numbered)[1] if numbered else None
 
 
-def open_folder(config: Config, resume: Path | None, *, must_resume: bool) -> tuple[Path, Path | None]:
+def open_folder(config: Config, resume: Path | None, ranks: Ranks, *, must_resume: bool) -> tuple[Path, Path | None]:
     """The run's folder, and the state in it to go on from.
 
     Args:
         config: of the run, with its name.
         resume: the folder of a run or of one of its states; None looks for the latest run of the name.
+        ranks: whether torchrun has started them again; then the run goes on in the folder that it began in.
         must_resume: whether it is an error that there is nothing to go on from.
 
     Returns:
@@ -59,11 +65,23 @@ def open_folder(config: Config, resume: Path | None, *, must_resume: bool) -> tu
     Raises:
         ConfigError: there is nothing to go on from.
     """
+    launch = ranks.torchelastic_run_id
+    if ranks.torchelastic_restart_count:
+        begun = [path.parent for path in config.run.dir.glob(f"*/{LAUNCH}") if path.read_text() == launch]
+        if begun:
+            return begun[0], None
+    folder, state = _choose_folder(config, resume, must_resume=must_resume)
+    if launch:
+        write_text(folder / LAUNCH, launch)
+    return folder, state
+
+
+def _choose_folder(config: Config, resume: Path | None, *, must_resume: bool) -> tuple[Path, Path | None]:
     name = str(config.run.name)
     if resume is not None:
         state = resume if resume.parent.name == STATES else None
         folder = resume if state is None else resume.parent.parent
-        if not (folder / STATES).is_dir():
+        if not any((folder / STATES).glob("*step_*")):
             raise ConfigError(f"--resume {resume}: no run's folder with states; give RUN or RUN/{STATES}/step_…")
         return folder, state
     found = find_folder(config.run.dir, name)
@@ -72,6 +90,23 @@ def open_folder(config: Config, resume: Path | None, *, must_resume: bool) -> tu
     if must_resume:
         raise ConfigError(f"--resume: no run named {name} in {config.run.dir} has a state; start it without --resume")
     return make_folder(config.run.dir, name), None
+
+
+def hold(folder: Path) -> IO[bytes]:
+    """Keep a folder for this run alone, for as long as what comes back is open; the system lets go of it at the end.
+
+    Raises:
+        ConfigError: another run has it.
+    """
+    file = (folder / ".lock").open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(f"{folder}: another run is at work there; wait for it, or give another --run.name") from None
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 def describe(folder: Path, config: Config, device: torch.device) -> None:

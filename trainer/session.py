@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from rich.table import Table
 
 from trainer.build import choose_device, make_learner
 from trainer.checkpoint import Checkpoints, RunState
-from trainer.config import Config, RewardConfig
-from trainer.distributed import Group
+from trainer.config import Config, ConfigError, RewardConfig
+from trainer.distributed import Group, RankLost
 from trainer.evaluation import Evaluator
 from trainer.failures import Stopped, Suspended, passes
 from trainer.interrupt import Interrupt
@@ -24,15 +24,15 @@ from trainer.local_rewards import LocalRewards
 from trainer.loop import Learner, train_step
 from trainer.metrics import Metrics, MetricsLog
 from trainer.models.checkpoints import CheckpointError, write_atomically
-from trainer.run_folder import STATES, describe, open_folder, write_text
+from trainer.run_folder import STATES, describe, hold, open_folder, write_text
 from trainer.run_state import Snapshot, Tensors, generators, restore, tensors_of
 from trainer.scoring import Scorer
 from trainer.settings import Ranks, Settings
 from trainer.update import NotFinite
 
 READY_S = 30.0
-SPARE_S = 600.0
-"""How much longer than for the scores a rank waits for another: an evaluation, a checkpoint."""
+SPARE_S = 6 * 3600.0
+"""How much longer than for the scores a rank waits for a living one: for an evaluation, or while it saves."""
 
 
 @dataclass(frozen=True)
@@ -79,17 +79,20 @@ def train(config: Config, start: Start, console: Console) -> Path:
         torch.manual_seed(config.run.seed)
         with group.together():
             learner = make_learner(config, group, device)
-            again = start.must_resume or ranks.torchelastic_restart_count > 0
-            found = open_folder(config, start.resume, must_resume=again) if group.leads else None
+            found = open_folder(config, start.resume, ranks, must_resume=start.must_resume) if group.leads else None
         folder, state_path = _told(group, found)
         states = Checkpoints(folder / STATES, keep=config.checkpoint.keep, run=config.identity())
         with group.together():
+            if group.leads:
+                stack.enter_context(hold(folder))
             state = states.load(state_path) if state_path or states.latest() else None
             if state is not None:
                 restore(learner, state.tensors)
             if group.leads:
                 describe(folder, config, device)
         step = 0 if state is None else state.step
+        if step > config.run.steps:
+            raise ConfigError(f"run.steps is {config.run.steps}, and {step} are done: give as many or more")
         _announce(config, start, folder, step, console)
         scorers = _open_scorers(config, group, folder, stack, console, {} if state is None else state.values["models"])
         evaluator = Evaluator(config, learner, *scorers)
@@ -177,7 +180,8 @@ class Session:
         ):
             while self.step < self.config.run.steps:
                 self._take_step(log, snapshot)
-        self._finish()
+        with self._saved():
+            self._finish()
 
     def _take_step(self, log: MetricsLog, snapshot: Snapshot | None) -> None:
         """One step, and whatever is due after it."""
@@ -187,7 +191,10 @@ class Session:
         try:
             metrics = train_step(self.learner, self.scorer.submit, self.config, self.step)
         except Exception as error:
-            raise self._save_after(error, snapshot) from error
+            ending = self._save_after(error, snapshot)
+            if not isinstance(error, RankLost):
+                self.group.any(False)  # wait until the first has saved: torchrun ends all once one has ended
+            raise ending from error
         self.step += 1
         self.seconds += time.perf_counter() - began_s
         self._reward = metrics["reward"]
@@ -195,19 +202,32 @@ class Session:
             if self.group.leads:
                 log.write(self.step, metrics)
         config, done = self.config, self.step == self.config.run.steps
-        if config.eval.every and not self.step % config.eval.every and not done:
-            self._evaluate("between", self.step)
-        elif done or (config.run.grid_every and not self.step % config.run.grid_every):
-            self._draw_grid()
         stops = self.group.any(self.interrupt.requested)
         kl, bound = metrics["kl"], config.grpo.max_kl
         exceeds = bound is not None and kl is not None and kl > bound
-        if done or stops or exceeds or not self.step % config.checkpoint.every:
+        evaluates = bool(config.eval.every) and not self.step % config.eval.every and not done
+        if done or stops or exceeds or evaluates or not self.step % config.checkpoint.every:
             self._save()
         if stops and not done:
             raise Suspended(f"interrupted; the state after step {self.step} is saved, {self._remedy()}")
         if exceeds:
             raise Stopped(f"step {self.step}: the KL is {kl:.3f}, grpo.max_kl is {bound}; the state after it is saved")
+        if evaluates:
+            with self._saved():
+                self._evaluate("between", self.step)
+        elif done or (config.run.grid_every and not self.step % config.run.grid_every):
+            self._draw_grid()
+
+    @contextmanager
+    def _saved(self) -> Iterator[None]:
+        """Whatever passes, within, leaves a run that goes on: the state after the last step is saved."""
+        try:
+            yield
+        except Exception as error:
+            raise self._suspended(error) if passes(error) else error from error
+
+    def _suspended(self, error: Exception) -> Suspended:
+        return Suspended(f"{error}; the state after step {self.step} is saved, {self._remedy()}")
 
     def _save(self) -> None:
         """Save the state as it is now."""
@@ -235,9 +255,7 @@ class Session:
                 path = self.folder / "not_finite" / f"step_{self.step + 1:06d}.safetensors"
                 save_tensors(path, error.minibatch)
                 return NotFinite(f"{error}; its minibatch is in {path}", error.minibatch)
-        if not passes(error):
-            return error
-        return Suspended(f"{error}; the state after step {self.step} is saved, {self._remedy()}")
+        return self._suspended(error) if passes(error) else error
 
     def _remedy(self) -> str:
         return f"go on with: {self.start.command} --resume {self.folder}"

@@ -99,22 +99,26 @@ class Updates:
             measured = self._accumulate(batch, rows_M[own.start : own.stop])
         if self._gradients is not None:
             self._gradients.average()
-        grad_norm = nn.utils.clip_grad_norm_(self._parameters, optim.grad_clip or float("inf"))
         loss = self._group.average(measured.terms.loss.clone())
-        if not bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
-            self._clear()
-            minibatch = {name: values_B[rows_M].cpu() for name, values_B in batch._asdict().items()}
-            raise NotFinite(
-                f"step {step}: loss {float(loss)}, gradient norm {float(grad_norm)}; "
-                f"this update was not made; lower optim.lr (now {optim.lr})",
-                {name.partition("_B")[0]: values for name, values in minibatch.items()},
-            )
-        for parameters in self._optimizer.param_groups:
-            parameters["lr"] = learning_rate(optim, step, self._config.run.steps)
-        self._optimizer.step()
+        with self._group.together():  # the first step of an optimizer takes memory
+            grad_norm = nn.utils.clip_grad_norm_(self._parameters, optim.grad_clip or float("inf"))
+            if not bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
+                self._clear()
+                raise self._not_finite(batch, rows_M, step, loss, grad_norm)
+            for parameters in self._optimizer.param_groups:
+                parameters["lr"] = learning_rate(optim, step, self._config.run.steps)
+            self._optimizer.step()
         self._clear()
         self._measured.append(measured)
         self._grad_norms.append(grad_norm)
+
+    def _not_finite(self, batch: Batch, rows_M: Tensor, step: int, loss: Tensor, grad_norm: Tensor) -> NotFinite:
+        minibatch = {name.partition("_B")[0]: values_B[rows_M].cpu() for name, values_B in batch._asdict().items()}
+        return NotFinite(
+            f"step {step + 1}: loss {float(loss)}, gradient norm {float(grad_norm)}; "
+            f"this update was not made; lower optim.lr (now {self._config.optim.lr})",
+            minibatch,
+        )
 
     def _accumulate(self, batch: Batch, rows_m: Tensor) -> _Measured:
         """Add up the gradients of this rank's part of a minibatch."""
@@ -149,6 +153,11 @@ class Updates:
             self._optimizer.zero_grad(set_to_none=True)
         else:
             self._gradients.clear()
+
+    def release(self) -> None:
+        """Give back the memory of the gradients, which the next step's sampling can use."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._gradients = None
 
     def metrics(self) -> Metrics:
         """Means and maxima over the updates and the ranks; the KL is None without a reference."""

@@ -183,9 +183,10 @@ class Outcome(NamedTuple):
 class Run:
     """A `python -m trainer.run …` of a test, with its output in files."""
 
-    def __init__(self, arguments: Sequence[object], folder: Path, *, ranks: int = 1) -> None:
+    def __init__(self, arguments: Sequence[object], folder: Path, *, ranks: int = 1, restarts: int = 0) -> None:
         self._out, self._err = folder / "stdout", folder / "stderr"
-        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+        launcher = [*torchrun, "-m"] if ranks > 1 else []
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._popen = subprocess.Popen(
                 [sys.executable, "-m", *launcher, "trainer.run", *map(str, arguments)],
@@ -260,10 +261,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Starts runs as processes; all are ended with the test."""
     runs: list[Run] = []
 
-    def starter(*arguments: object, ranks: int = 1) -> Run:
+    def starter(*arguments: object, ranks: int = 1, restarts: int = 0) -> Run:
         folder = tmp_path / f"output-{len(runs)}"
         folder.mkdir()
-        runs.append(Run(arguments, folder, ranks=ranks))
+        runs.append(Run(arguments, folder, ranks=ranks, restarts=restarts))
         return runs[-1]
 
     yield starter

@@ -423,8 +423,10 @@ def test_unwritable(tmp_path: Path) -> None:
     assert "Not a directory" in message
 
 
-def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
+def test_an_interrupt_leaves_nothing(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """A save that ends by an exception of another kind tidies up as well."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in a job in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, previous))
     fill(tmp_path, 1)
     big = RunState(2, {str(i): torch.zeros(1_000_000) for i in range(20)}, {})
     timer = threading.Timer(0.01, _thread.interrupt_main)

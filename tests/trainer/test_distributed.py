@@ -135,6 +135,31 @@ def test_a_rank_that_dies_leaves_the_others_exiting(start: Start, recipe: Path) 
 
 @pytest.mark.redis
 @pytest.mark.slow
+@pytest.mark.parametrize("steps", [0, 3])
+def test_torchrun_starts_a_run_again_in_its_own_folder(start: Start, recipe: Path, steps: int) -> None:
+    """A rank is killed before the first state, or after: the run is whole, and another of its name is left alone."""
+    settings = ("--run.steps", "8", "--run.grid_every", "0", "--checkpoint.every", "1")
+    assert start(recipe, "--run.steps", "1").outcome().code == 0
+    other = (recipe.parent / "runs" / "tiny" / "metrics.jsonl").read_text()
+    run = start(recipe, *settings, ranks=2, restarts=1)
+    folder = recipe.parent / "runs" / "tiny-2"
+    wait_until(lambda: (folder / "services.log").exists() and len(metrics(folder)) >= steps, 120)
+    run.note_children()
+    os.kill(run.rank(1), signal.SIGKILL)
+    outcome = run.outcome()
+    assert outcome.code == 0, outcome.err
+    assert [line["step"] for line in metrics(folder)] == list(range(1, 9))
+    assert (recipe.parent / "runs" / "tiny" / "metrics.jsonl").read_text() == other
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """What a run has written so far."""
+    path = folder / "metrics.jsonl"
+    return lines(path) if path.exists() else []
+
+
+@pytest.mark.redis
+@pytest.mark.slow
 def test_one_signal_stops_all_ranks_together(start: Start, recipe: Path) -> None:
     """Whichever rank gets it: the step is finished by both, saved once, and both exit with 75."""
     run = start(recipe, "--run.steps", "100000", "--run.grid_every", "0", ranks=2)

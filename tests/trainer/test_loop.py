@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights() -> None:
     with torch.no_grad():
         learner.reference.var.head.bias.fill_(math.nan)
     before = weights(learner.policy.var)
-    with pytest.raises(FloatingPointError, match=r"step 0: loss nan.*lower optim.lr"):
+    with pytest.raises(FloatingPointError, match=r"step 1: loss nan.*lower optim.lr"):
         train_step(learner, Submit(), config, 0)
     assert same_weights(weights(learner.policy.var), before)
     assert not learner.optimizer.state

@@ -15,10 +15,8 @@ from torch import Tensor
 from tests.trainer.conftest import TINY, make_vqvae, same_weights, weights
 from trainer.lora import (
     LoraError,
-    adapter_state,
     add_lora,
     has_lora,
-    load_adapter_state,
     merge_lora,
     merged_state,
     without_lora,
@@ -199,21 +197,6 @@ def test_a_merged_model_shares_what_has_no_adapter(adapted: VAR) -> None:
 
 
 @torch.no_grad()
-def test_adapters_are_saved_and_loaded_alone(adapted: VAR, tmp_path: Path) -> None:
-    """Their tensors, through a file, give a fresh model the scores of the trained one."""
-    with torch.enable_grad():
-        train(adapted)
-    state = adapter_state(adapted)
-    assert len(state) == TINY.depth * 4 * 2
-    assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in state)
-    torch.save(state, tmp_path / "adapters.pt")
-    fresh = make_policy()
-    add_lora(fresh, rank=RANK, alpha=4.0, seed=5)
-    assert not torch.equal(score(fresh), score(adapted))
-    load_adapter_state(fresh, torch.load(tmp_path / "adapters.pt", weights_only=True))
-    assert torch.equal(score(fresh), score(adapted))
-
-
 def test_the_start_is_set_by_the_seed_alone() -> None:
     """Two models with one seed have the same adapters, whatever was drawn before; with two seeds they differ."""
     pytest.importorskip("peft")
@@ -230,9 +213,9 @@ def test_the_start_is_set_by_the_seed_alone() -> None:
 def test_alpha_over_rank_is_the_scale(adapted: VAR) -> None:
     """A merged weight is W + (alpha / rank) · B A."""
     train(adapted)
-    state, plain = adapter_state(adapted), make_policy().state_dict()
+    state, plain = dict(adapted.named_parameters()), make_policy().state_dict()
     name = "blocks.1.attn.mat_qkv"
-    product_FF = state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
+    product_FF = state[f"{name}.lora_B.default.weight"] @ state[f"{name}.lora_A.default.weight"]
     expected_FF = plain[f"{name}.weight"] + 4.0 / RANK * product_FF
     torch.testing.assert_close(merged_state(adapted)[f"{name}.weight"], expected_FF)
 
@@ -277,27 +260,8 @@ def test_adapters_are_needed_and_added_once(base: VAR, adapted: VAR) -> None:
     """A model without adapters has no reference, merged weights or state of them; one with them gets no others."""
     with pytest.raises(LoraError, match="no adapters"), without_lora(base):
         pass
-    for call in (merged_state, merge_lora, adapter_state):
+    for call in (merged_state, merge_lora):
         with pytest.raises(LoraError, match="no adapters"):
             call(base)
-    with pytest.raises(LoraError, match="no adapters"):
-        load_adapter_state(base, {})
     with pytest.raises(LoraError, match="adapters already"):
         add_lora(adapted, rank=1, alpha=1.0)
-
-
-def test_adapters_that_do_not_fit_are_refused(adapted: VAR) -> None:
-    """Another rank, a missing and an unknown tensor are named, and nothing is loaded."""
-    before, state = weights(adapted), adapter_state(adapted)
-    other = {name: torch.ones(3, *entry.shape[1:]) for name, entry in state.items()}
-    name = "blocks.0.attn.mat_qkv.lora_A.weight"
-    absent = {key: entry + 1 for key, entry in state.items() if key != name}
-    for wrong, said in (
-        (other, r"lora_A.weight is \(3, 32\) and not \(2, 32\)"),
-        (absent, f"{name} is absent"),
-        (state | {"extra": torch.zeros(1)}, r"extra is \(1,\) and not known"),
-    ):
-        with pytest.raises(LoraError, match=said) as refusal:
-            load_adapter_state(adapted, wrong)
-        assert "\n" not in str(refusal.value)
-    assert same_weights(weights(adapted), before)

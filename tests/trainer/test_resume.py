@@ -6,8 +6,10 @@ import random
 import shutil
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 
 from tests.services.conftest import Process, wait_until
 from tests.trainer.conftest import Outcome, Run, make_var
-from tests.trainer.test_run import assert_failed, lines
+from tests.trainer.test_run import FailsAtLast, assert_failed, lines
 from trainer.models.checkpoints import save_var
 
 pytestmark = pytest.mark.redis
@@ -124,6 +126,38 @@ def test_a_second_signal_ends_it_at_once(start: Start, recipe: Path) -> None:
     if run.is_running():
         run.send(signal.SIGTERM)
     assert run.outcome().code in {75, 130}  # the step may have been done by then
+
+
+def test_a_folder_is_one_runs_at_a_time(start: Start, run_here: RunHere, recipe: Path) -> None:
+    """A cluster may start the same command twice; the second says so, and leaves the first alone."""
+    folder = recipe.parent / "runs" / "tiny"
+    run = start(recipe, "--run.steps", 100_000, "--run.grid_every", 0, "--checkpoint.every", 1)
+    wait_for(folder, 2)
+    assert_failed(run_here(recipe, "--run.resume", "auto"), "another run is at work there", code=2)
+    run.send(signal.SIGTERM)
+    assert run.outcome().code == 75
+
+
+def test_fewer_steps_than_are_done_is_one_line(run_here: RunHere, recipe: Path) -> None:
+    """The policy would not be that of so few steps."""
+    assert run_here(recipe).code == 0
+    assert_failed(run_here(recipe, "--run.steps", 1, "--resume"), "run.steps is 1, and 2 are done", code=2)
+
+
+def test_a_service_that_is_away_in_an_evaluation_leaves_a_run_that_goes_on(run_here: RunHere, recipe: Path) -> None:
+    """The steps before it are saved, and exit 75 says so."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), FailsAtLast) as server:
+        server.posts, server.last_status = 0, 503  # type: ignore[attr-defined]
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        outcome = run_here(recipe, "--rewards.0.url", url, "--run.score_timeout_s", 2)
+        server.shutdown()
+        thread.join()
+    folder = recipe.parent / "runs" / "tiny"
+    assert_failed(outcome, url, "the state after step 2 is saved", f"--resume {folder}", code=75)
+    assert run_here(recipe, "--resume", folder).code == 0
+    assert (folder / "summary.json").exists()
 
 
 def test_resume_without_a_run_is_one_line(run_here: RunHere, recipe: Path) -> None:
@@ -232,7 +266,7 @@ def test_a_loss_that_is_not_finite_keeps_its_minibatch(run_here: RunHere, recipe
         var.head.bias[3] = torch.nan
     save_var(recipe.parent / "nan.safetensors", var)
     outcome = run_here(recipe, "--model.var", recipe.parent / "nan.safetensors")
-    assert_failed(outcome, "step 0: loss nan", "its minibatch is in")
+    assert_failed(outcome, "step 1: loss nan", "its minibatch is in")
     folder = recipe.parent / "runs" / "tiny"
     minibatch = load_file(folder / "not_finite" / "step_000001.safetensors")
     assert minibatch.keys() == {"conditions", "tokens", "log_probs", "reference", "advantages"}

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def assert_complete(folder: Path) -> None:
     boards = {name for name in found if name.startswith("tensorboard/events.")}
     assert len(boards) == 1
     assert found - boards == {
+        ".lock",
         "config.yaml",
         "versions.json",
         "metrics.jsonl",
@@ -186,6 +188,13 @@ def test_a_service_that_is_down_is_one_line(run_here: RunHere, recipe: Path) -> 
 
 
 @pytest.mark.redis
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="it is installed")
+def test_a_logger_that_is_not_installed_is_one_line(run_here: RunHere, recipe: Path) -> None:
+    """The package to install."""
+    assert_failed(run_here(recipe, "--run.loggers", "[wandb]"), "pip install wandb", code=2)
+
+
+@pytest.mark.redis
 def test_a_reward_that_cannot_be_started_is_one_line(run_here: RunHere, recipe: Path) -> None:
     """In the services' own words."""
     outcome = run_here(recipe, "--rewards.0.name", "brigthness")
@@ -240,7 +249,8 @@ class FailsAtLast(BaseHTTPRequestHandler):
         if self.server.posts <= 3:  # type: ignore[attr-defined]
             self._answer(200, json.dumps(answer | {"timing_ms": timing}))
         else:
-            self._answer(500, json.dumps({"title": "scoring failed", "detail": "out of order"}))
+            status = getattr(self.server, "last_status", 500)
+            self._answer(status, json.dumps({"title": "scoring failed", "detail": "out of order"}))
 
     def _answer(self, status: int, text: str) -> None:
         self.send_response(status)
