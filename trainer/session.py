@@ -88,6 +88,7 @@ def train(config: Config, start: Start, console: Console) -> Path:
             state = states.load(state_path) if state_path or states.latest() else None
             if state is not None:
                 restore(learner, state.tensors)
+                state.tensors.clear()  # in the learner now
             if group.leads:
                 describe(folder, config, device)
         step = 0 if state is None else state.step
