@@ -147,8 +147,8 @@ class MetricsLog:
         self._loggers: list[Logger] = []
         if writes:
             _drop_after(folder / "metrics.jsonl", done)
-            self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
             self._loggers = [LOGGERS[name](folder, config.to_dict(), done) for name in config.run.loggers]
+            self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Records one finished step; a value that is None is written as null and skipped by the loggers."""

@@ -193,7 +193,7 @@ def test_a_port_in_use_is_one_line(start: Start) -> None:
 @pytest.mark.parametrize(
     ("arguments", "environment", "words"),
     [
-        (("serve", "brigthness"), {}, "unknown reward 'brigthness'; known: brightness"),
+        (("serve", "brigthness"), {}, "unknown reward 'brigthness'; known: aesthetic, brightness"),
         (("serve", "no.module:Class"), {}, "reward 'no.module:Class' cannot be imported"),
         (("serve", "brightness"), {"REWARD_MAX_BATCH": "0"}, "REWARD_MAX_BATCH"),
         (("serve", "brightness", "--port", "70000"), {}, "port 70000 does not exist"),

@@ -4,6 +4,7 @@ Each function runs on every rank, and its result is printed as one JSON line tha
 """
 
 import json
+import os
 import sys
 import time
 
@@ -71,7 +72,9 @@ def main() -> None:
     """Run the function of that name."""
     name = sys.argv[1]
     group = Group(Ranks(), torch.device("cpu"), timeout_s=120)
-    print(json.dumps([group.rank, {f.__name__: f for f in (collectives, gradients, failure, silence)}[name](group)]))
+    functions = {function.__name__: function for function in (collectives, gradients, failure, silence)}
+    line = json.dumps([group.rank, functions[name](group)]) + "\n"
+    os.write(1, line.encode())  # at once, so that the ranks' lines do not mix
     group.close()
 
 
