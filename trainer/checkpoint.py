@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
-from trainer.models.checkpoints import CheckpointError, write_atomically
+from trainer.models.checkpoints import CheckpointError, sync, write_atomically
 
 FORMAT = 1
 TENSORS, VALUES, MANIFEST = "state.safetensors", "values.json", "manifest.json"
@@ -292,7 +292,7 @@ def _put(temporary: Path, target: Path) -> None:
         target.rename(aside)
     temporary.rename(target)
     for folder in (target.parent, target.parent.parent):  # the second: the folder itself may be new
-        _sync(folder)
+        sync(folder)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -306,11 +306,3 @@ def _clean(folder: Path) -> None:
             aside.rename(target)
     for leftover in folder.glob(".step_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,6 +1,6 @@
 """What a run's next step depends on: the trained weights, the optimizer, the random number generators.
 
-Tensors have names such as `policy/head.weight`, `optimizer/12/exp_avg` and `rng/torch`, in one flat mapping.
+Tensors have names such as `policy/3`, `optimizer/12/exp_avg` and `rng/torch`, in one flat mapping.
 """
 
 import random

@@ -10,6 +10,7 @@ from services.rewards.aesthetic import MiniatureAesthetic
 from services.rewards.clip import MINIATURE_MODEL, miniature_source
 from services.rewards.encoder import Encoder
 from services.rewards.options import STANDARD, RewardOptions
+from services.rewards.sources import sha256_of
 from trainer.miniature import quality
 from trainer.miniature.aesthetic import auc, rank_correlation
 from trainer.miniature.captions import with_article
@@ -18,7 +19,7 @@ from trainer.miniature.objects import CLASSES
 from trainer.miniature.quality import BRIGHT, COOL, DARK, INFERENCE, PLAIN
 from trainer.miniature.rating import rating
 from trainer.miniature.render import POLICY_WORLD, STYLES, Renders
-from trainer.miniature.weights import FILES, load_classifier, read_records, sha256
+from trainer.miniature.weights import FILES, load_classifier, read_records
 from trainer.models.checkpoints import check_pair, load_var, load_vqvae
 from trainer.models.var import VAR
 from trainer.models.vqvae import VQVAE
@@ -64,7 +65,7 @@ def test_every_weight_has_its_record(stage: str) -> None:
     """Command, seed, schedule, seconds, hardware and metrics stand beside the weights, and are of this very file."""
     record = read_records()[stage]
     assert {"command", "seed", "schedule", "seconds", "hardware", "metrics"} <= record.keys()
-    assert record["sha256"] == sha256(FILES[stage])
+    assert record["sha256"] == sha256_of(FILES[stage])
 
 
 @pytest.mark.parametrize(("stage", "metric", "least", "most"), BARS)

@@ -28,11 +28,12 @@ from services.rewards.clip import MINIATURE_MODEL, miniature_source
 from services.rewards.encoder import Encoder
 from services.rewards.openclip import MINIATURE
 from services.rewards.options import STANDARD
+from services.rewards.sources import sha256_of
 from trainer.miniature import aesthetic, captions, classifiers, clip, objects, prior, quality, render, tokenizer
 from trainer.miniature.classifiers import Kind
 from trainer.miniature.objects import CLASSES
 from trainer.miniature.render import POLICY_WORLD, WIDE_WORLD, Renders, World, render_set
-from trainer.miniature.weights import FILES, record_metrics, record_training, sha256
+from trainer.miniature.weights import FILES, record_metrics, record_training
 from trainer.models.checkpoints import CheckpointError, load_vqvae, save_var, save_vqvae, write_atomically
 
 Stage = Literal["vqvae", "label", "style", "var", "clip", "aesthetic"]
@@ -40,7 +41,7 @@ PICTURES, POLICY_PICTURES = 48_000, 96_000
 TOKENIZER_SEED, POLICY_SEED = 1, 2  # of the rendered sets; evaluation uses `HELD_OUT_SEED`
 STORED = torch.float16
 EXIT_INTERRUPTED = 130
-RENDERER = tuple(sha256(Path(str(module.__file__))) for module in (render, objects))
+RENDERER = tuple(sha256_of(Path(str(module.__file__))) for module in (render, objects))
 RENDERER_NAME = hashlib.sha256("".join(RENDERER).encode()).hexdigest()[:12]
 
 
@@ -87,7 +88,7 @@ def rendered(job: Job, seed: int, count: int, world: World) -> Renders:
 def tokenized(job: Job, renders: Renders) -> Tensor:
     """The pictures' tokens, int64 (N, L), made once and kept in the cache."""
     pictures = hashlib.sha256(renders.images.data).hexdigest()
-    path = job.kept("tokens.pt", sha256(FILES["vqvae"]), pictures)
+    path = job.kept("tokens.pt", sha256_of(FILES["vqvae"]), pictures)
     if not path.exists():
         tokens_NL = prior.tokenize(load_vqvae(FILES["vqvae"], device=job.device), renders.images).to(torch.int16)
         write_atomically(path, tokens_NL.nbytes, lambda temporary: torch.save(tokens_NL, temporary))
@@ -156,7 +157,7 @@ def train_judge(kind: Kind, job: Job) -> None:
     malformed = passing_rows(PICTURES) if kind == "style" else np.array([], dtype=np.int64)
     through_tokenizer(renders, malformed, job.seed)
     schedule = classifiers.SCHEDULES[kind]
-    origin = (job.seed, schedule, PICTURES, WIDE_WORLD, sha256(FILES["vqvae"]))
+    origin = (job.seed, schedule, PICTURES, WIDE_WORLD, sha256_of(FILES["vqvae"]))
     state = job.kept(f"{kind}.pt", *origin)
     fitted = classifiers.train(kind, renders, seed=job.seed, state=state, device=job.device, schedule=schedule)
     weights = {name: entry.to("cpu", STORED).contiguous() for name, entry in fitted.model.state_dict().items()}
@@ -170,7 +171,7 @@ def train_var(job: Job) -> None:
     vqvae = load_vqvae(FILES["vqvae"], device=job.device)
     renders = rendered(job, POLICY_SEED, POLICY_PICTURES, POLICY_WORLD)
     tokens_NL, labels_N = tokenized(job, renders), torch.from_numpy(renders.labels)
-    origin = (job.seed, prior.CONFIG, prior.SCHEDULE, POLICY_PICTURES, POLICY_WORLD, sha256(FILES["vqvae"]))
+    origin = (job.seed, prior.CONFIG, prior.SCHEDULE, POLICY_PICTURES, POLICY_WORLD, sha256_of(FILES["vqvae"]))
     state = job.kept("var.pt", *origin)
     fitted = prior.train(vqvae, tokens_NL, labels_N, seed=job.seed, state=state, device=job.device)
     save_var(FILES["var"], fitted.model.cpu(), dtype=STORED)
@@ -195,7 +196,15 @@ def reward_pictures(job: Job) -> tuple[Renders, NDArray[np.int64]]:
 def train_clip(job: Job) -> None:
     """Trains and stores the miniature's CLIP."""
     renders, traits_NK = reward_pictures(job)
-    origin = (job.seed, clip.SCHEDULE, clip.KEEP, clip.RINGING, MINIATURE.read_text(), PICTURES, sha256(FILES["vqvae"]))
+    origin = (
+        job.seed,
+        clip.SCHEDULE,
+        clip.KEEP,
+        clip.RINGING,
+        MINIATURE.read_text(),
+        PICTURES,
+        sha256_of(FILES["vqvae"]),
+    )
     state = job.kept("clip.pt", *origin)
     fitted = clip.train(renders.images, traits_NK, seed=job.seed, state=state, device=job.device)
     weights = clip.stored(fitted.model, STORED)

@@ -7,7 +7,8 @@ rated high; grey, flat, murky or washed-out ones low. Shape legend: B images · 
 import numpy as np
 from numpy.typing import NDArray
 
-LUMA = np.array([0.2989, 0.5870, 0.1140])
+from trainer.miniature.render import LUMA
+
 FULL_COLOUR = 109.0  # "extremely colourful" on the scale of Hasler and Süsstrunk
 FULL_CONTRAST = 0.20
 SHARES = (0.5, 0.3, 0.2)  # of colour, contrast, exposure

@@ -1,6 +1,5 @@
 """The miniature's shipped weights, by name, and the record of how they were made."""
 
-import hashlib
 import json
 from dataclasses import asdict
 from importlib import resources
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from services.rewards.sources import sha256_of
 from trainer.miniature.classifiers import OUTPUTS, Classifier, Kind
 from trainer.miniature.fitting import Schedule
 from trainer.models.checkpoints import CheckpointError, write_atomically
@@ -51,12 +51,6 @@ def remedy(stage: str) -> str:
     return f"make it with: python -m trainer.miniature.pretrain {stage}"
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def record_training(stage: str, seconds: float, seed: int, schedule: Schedule | None, *, renderer: str) -> None:
     """Writes down how a stage's weights were made, beside them; its metrics are forgotten until they are measured.
 
@@ -72,7 +66,7 @@ def record_training(stage: str, seconds: float, seed: int, schedule: Schedule | 
         stage,
         {
             "command": f"python -m trainer.miniature.pretrain {stage}{seeded}",
-            "sha256": sha256(FILES[stage]),
+            "sha256": sha256_of(FILES[stage]),
             "seed": seed,
             "schedule": None if schedule is None else asdict(schedule),
             "seconds": round(seconds),

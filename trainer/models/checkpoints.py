@@ -199,9 +199,9 @@ def write_atomically(path: Path, needed: int, write: Callable[[Path], object]) -
         mode = temporary.stat().st_mode  # as the umask wants it; safetensors would make the file its owner's alone
         write(temporary)
         temporary.chmod(mode)
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: cannot be written ({_first_line(error)}); it needs {needed:,} bytes and {_free_space(path)}; "
@@ -224,7 +224,8 @@ def _save(path: Path, model: VAR | VQVAE, kind: str, metadata: Mapping[str, str]
     write_atomically(path, needed, lambda temporary: save_file(state, temporary, {**metadata, **own}))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the system write a file or folder to its disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
