@@ -76,13 +76,14 @@ def make_learner(config: Config, group: Group, device: torch.device) -> Learner:
     if outside:
         raise ConfigError(f"rollout.classes holds {outside[0]}; this policy has the labels 0 to {count - 1}")
     policy = VarPolicy(var, vqvae, classes, make_autocast(device, config.run.dtype))
+    origin = policy.digest()
     reference = _reference(policy, config)
     var.checkpoint_activations = sources.recompute
     optim = config.optim
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
     )
-    return Learner(policy, reference, optimizer, make_judge(sources.classifier, device), group)
+    return Learner(policy, reference, optimizer, make_judge(sources.classifier, device), group, origin)
 
 
 def _reference(policy: VarPolicy, config: Config) -> VarPolicy | None:

@@ -233,6 +233,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _read_manifest(path: Path, run: str) -> _Manifest:
     file = path / MANIFEST
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such state")
     if _step(path) is None:
         raise CheckpointError(f"{path}: expected the folder of a state, named step_ and eight digits")
     try:

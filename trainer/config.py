@@ -23,12 +23,15 @@ from pydantic import (
 from trainer.shaping import Affine, Shape, refuse_booleans
 
 FREE_TO_CHANGE = {
-    "model": ("recompute", "classifier"),
+    "model": ("var", "vqvae", "recompute", "classifier"),
     "rollout": ("chunk", "blocking"),
     "optim": ("micro_batch",),
     "rewards": ("url",),
 }
-"""What a run may change when it goes on: it moves work about, and alters nothing but the last digits."""
+"""What a run may change when it goes on: it moves work about, and alters nothing but the last digits.
+
+Where weights are read may change, too: the state knows a digest of those that the run began with.
+"""
 MAX_CLASSES = 1_000_000  # a mistyped range must not fill the memory
 
 Combine = Literal["sum_then_normalize", "normalize_then_sum"]
@@ -304,6 +307,10 @@ class Config(_Section):
 
     def identity(self) -> str:
         """A digest of the settings that a run cannot change when it goes on."""
+        return hashlib.sha256(json.dumps(self.fixed(), sort_keys=True).encode()).hexdigest()
+
+    def fixed(self) -> dict[str, Any]:
+        """The settings that a run cannot change when it goes on, by section, as plain values."""
         content = self.to_dict()
         kept = {name: content[name] for name in ("model", "rollout", "grpo", "optim", "rewards")}
         for name, free in FREE_TO_CHANGE.items():
@@ -313,7 +320,7 @@ class Config(_Section):
         kept["run"] = {key: content["run"][key] for key in ("seed", "dtype")}
         if self.optim.schedule != "constant":  # the rate of each step depends on how many there are
             kept["run"]["steps"] = self.run.steps
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+        return kept
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they are written to the run's folder."""

@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
@@ -72,7 +73,9 @@ class Group:
         self.rank, self.size, self._device = ranks.rank, ranks.world_size, device
         self._stop, self._lost = threading.Event(), threading.Event()
         self._lost_ranks: list[int] = []
-        self._closing = False
+        self._lock = threading.Lock()
+        self._reporter: int | None = None
+        self.when_lost: Callable[[], str] = str  # saves what can be saved, and says so; called from any thread
         if self.size == 1:
             return
         attempt = ranks.torchelastic_restart_count  # torchrun keeps the store, and in it the addresses of the dead
@@ -131,8 +134,9 @@ class Group:
         if failure is not None:
             raise failure
         first = failed[0]
+        passing = all(int(states[rank]) == 2 for rank in failed)
         message = bytes(texts[first].tolist()).rstrip(b"\0").decode(errors="replace")
-        raise RankError(f"rank {first} failed: {message}", passes=int(states[first]) == 2)
+        raise RankError(f"rank {first} failed: {message}", passes=passing)
 
     def gather(self, mine_b: Tensor) -> Tensor:
         """The rows (b, …) of all ranks in the order of the ranks, (B, …); every rank has equally many."""
@@ -177,7 +181,6 @@ class Group:
 
     def close(self) -> None:
         """Leave the group; the others may go on with what concerns them alone."""
-        self._closing = True
         self._stop.set()
         if self.size > 1 and dist.is_initialized():
             with suppress(RuntimeError):
@@ -200,10 +203,18 @@ class Group:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self._closing = True  # this rank reports it from here
+            while not self._reports():
+                time.sleep(BEAT_S)  # the watching thread is about to end the process
             self._lost.wait(2 * DEAD_AFTER_S)
             named = f"rank {', '.join(map(str, self._lost_ranks))}" if self._lost_ranks else "another rank"
             raise RankLost(f"{named} is gone; rank {self.rank} cannot go on without it") from error
+
+    def _reports(self) -> bool:
+        """Whether this thread is the one that reports a lost rank: the first to ask is."""
+        with self._lock:
+            if self._reporter is None:
+                self._reporter = threading.get_ident()
+            return self._reporter == threading.get_ident()
 
     def _watch(self) -> None:
         """Say that this rank lives, and end it when another does not: a collective may wait for the dead in vain."""
@@ -226,11 +237,12 @@ class Group:
             self._lost_ranks = [rank for rank in silent if rank != self.rank]
             if self._lost_ranks:
                 self._lost.set()
-                time.sleep(2 * BEAT_S)  # the main thread may see it, too, and can do better
-                if not self._closing:
+                time.sleep(2 * BEAT_S)  # the main thread may see it, too, and can close what is open
+                if not self._stop.is_set() and self._reports():
                     named = ", ".join(map(str, self._lost_ranks))
+                    message = f"rank {named} is gone; rank {self.rank} ends{self.when_lost()}"
                     Console(stderr=True, highlight=False).print(
-                        f"[bold red]error:[/] rank {named} is gone; rank {self.rank} ends", soft_wrap=True
+                        f"[bold red]error:[/] {escape(message)}", soft_wrap=True
                     )
                     os._exit(EXIT_SUSPENDED)
                 return

@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C: once, and the step in hand is finished and saved; twice, and the run ends at once."""
+"""SIGTERM and Ctrl-C: once, and the step in hand is finished and saved; twice, and the run ends at once.
+
+Where there is no step to finish, while models load or in an evaluation, the first one ends the run at once.
+"""
 
 import signal
 import time
@@ -12,6 +15,10 @@ from rich.console import Console
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_S = 1.0
 """A terminal's Ctrl-C reaches a process itself and again by way of torchrun: within this time it is one."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The first signal, with no step to finish: the run is not done, and the same command begins it or goes on."""
 
 
 class Interrupt:
@@ -45,8 +52,11 @@ class Interrupt:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now_s = time.monotonic()
-        if not self._defers or (self._first_s is not None and now_s - self._first_s > SAME_S):
+        if self._first_s is not None and now_s - self._first_s > SAME_S:
             raise KeyboardInterrupt
+        if not self._defers:
+            self._first_s = now_s
+            raise Interrupted
         if self._first_s is None:
             self._first_s = now_s
             name = signal.Signals(number).name

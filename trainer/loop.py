@@ -34,6 +34,7 @@ class Learner:
         optimizer: of the policy's parameters.
         judge: share of images that are still their label; None where there is no classifier.
         group: the ranks of the run.
+        origin: digest of the weights that the run begins with, and that the reference keeps.
     """
 
     policy: Policy
@@ -41,6 +42,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     judge: LabelJudge | None
     group: Group
+    origin: str = ""
 
 
 def train_step(learner: Learner, submit: Submit, config: Config, step: int) -> Metrics:

@@ -3,25 +3,25 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Self
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
-from trainer.config import Config, ConfigError
+from trainer.config import Config
+from trainer.loggers import LOGGERS, Logger
 from trainer.models.checkpoints import write_atomically
 
 Metrics = dict[str, float | None]
 
 
 class Phases:
-    """Seconds spent in each phase of a step.
+    """Seconds spent in each phase of a step, and in all of it.
 
     Args:
         device: a GPU's work is waited for at both ends of a phase, so that it counts where it was asked for.
@@ -29,6 +29,7 @@ class Phases:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._began = self._now()
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -46,61 +47,10 @@ class Phases:
         return time.perf_counter()
 
     def metrics(self, images: int) -> Metrics:
-        """`seconds/<phase>`, their sum, and images a second over it."""
-        total = sum(self.seconds.values())
+        """`seconds/<phase>`, the seconds since the step began, and images a second over these."""
+        total = self._now() - self._began
         named: Metrics = {f"seconds/{phase}": seconds for phase, seconds in self.seconds.items()}
         return named | {"seconds/step": total, "images_per_second": images / total}
-
-
-class Logger(Protocol):
-    """Where metrics go besides the file."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the numbers of a step, counted from 1."""
-
-    def close(self) -> None:
-        """Write what is left."""
-
-
-class TensorBoard:
-    """Event files under the run's folder."""
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any], done: int) -> None:
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the numbers of a step."""
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Write what is left."""
-        self._board.close()
-
-
-class WeightsAndBiases:
-    """A run of Weights & Biases, named after the folder; `WANDB_MODE=offline` keeps it here."""
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any], done: int) -> None:
-        try:
-            import wandb  # noqa: PLC0415 - optional
-        except ImportError as error:
-            raise ConfigError("run.loggers has wandb, which is not installed: pip install wandb") from error
-        self._run = wandb.init(project="var-grpo", name=folder.name, dir=str(folder), config=dict(settings))
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the numbers of a step."""
-        self._run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        """Write what is left."""
-        self._run.finish()
-
-
-LOGGERS: dict[str, Callable[[Path, Mapping[str, Any], int], Logger]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WeightsAndBiases,
-}
 
 
 def _drop_after(path: Path, step: int) -> None:

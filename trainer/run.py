@@ -15,6 +15,8 @@ from rich.markup import escape
 
 from services.client import RewardError
 from trainer.config import ConfigError
+from trainer.failures import EXIT_SUSPENDED, Stopped, Suspended
+from trainer.interrupt import Interrupted
 from trainer.local_rewards import LocalRewardsError
 from trainer.options import DEFAULT_RECIPE, load_config, parse_overrides, read_recipe, recipe_names
 from trainer.settings import Ranks
@@ -67,12 +69,12 @@ def run_safely(  # noqa: PLR0911 - a return for each exit code
         import torch  # noqa: PLC0415
 
         from trainer.distributed import RankError  # noqa: PLC0415
-        from trainer.failures import EXIT_SUSPENDED, Stopped, Suspended  # noqa: PLC0415
         from trainer.judges import JudgeError  # noqa: PLC0415
         from trainer.lora import LoraError  # noqa: PLC0415
         from trainer.models.checkpoints import CheckpointError  # noqa: PLC0415
         from trainer.scoring import ScoreError  # noqa: PLC0415
-        from trainer.session import Start, train  # noqa: PLC0415
+        from trainer.session import Start  # noqa: PLC0415
+        from trainer.start import train  # noqa: PLC0415
 
         start = Start(recipe, resume, must_resume, shlex.join([*command_of(Ranks()), recipe, *options]), ends_process)
         expected = (
@@ -93,9 +95,9 @@ def run_safely(  # noqa: PLR0911 - a return for each exit code
             return _fail(console, f"run.dir {config.run.dir}: {error}; {remedy}", code=1)
     except ConfigError as error:
         return _fail(console, error, code=2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         kept = "the services are stopped; --resume goes on from the last state that was saved, if there is one"
-        return _fail(console, f"interrupted; {kept}", code=130)
+        return _fail(console, f"interrupted; {kept}", code=EXIT_SUSPENDED if isinstance(error, Interrupted) else 130)
     return 0
 
 
@@ -103,7 +105,9 @@ def command_of(ranks: Ranks) -> list[str]:
     """The command that started this process, but for the recipe and its options."""
     if ranks.world_size == 1:
         return ["python", "-m", "trainer.run"]
-    return ["torchrun", "--nproc-per-node", str(ranks.local_world_size), "-m", "trainer.run"]
+    machines = ranks.world_size // ranks.local_world_size
+    several = ["--nnodes", str(machines), "--rdzv-endpoint", "HOST:PORT"] if machines > 1 else []
+    return ["torchrun", *several, "--nproc-per-node", str(ranks.local_world_size), "-m", "trainer.run"]
 
 
 def take_resume(options: Sequence[str]) -> tuple[list[str], Path | None, bool]:

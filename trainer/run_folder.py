@@ -17,11 +17,12 @@ import torch
 import yaml
 
 from trainer.config import Config, ConfigError
-from trainer.models.checkpoints import write_atomically
+from trainer.models.checkpoints import CheckpointError, write_atomically
 from trainer.settings import Ranks
 
 PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "redis", "fastapi", "httpx", "pydantic")
 STATES = "states"
+SHOWN = 3  # settings named in an error; the rest are counted
 LAUNCH = ".launch"
 """Holds the name that torchrun gave to the start of the run, which its restarts share."""
 
@@ -107,6 +108,37 @@ def hold(folder: Path) -> IO[bytes]:
     except OSError:  # a file system without locks
         pass
     return file
+
+
+def check_settings(folder: Path, config: Config) -> None:
+    """Name the settings in which a run that goes on differs from how it began.
+
+    Raises:
+        CheckpointError: there are such settings, and they would change what is learnt.
+    """
+    try:
+        began = Config.model_validate(yaml.safe_load((folder / "config.yaml").read_text("utf-8"))).fixed()
+    except (OSError, ValueError, yaml.YAMLError):  # without it the state's digest of them is all there is
+        return
+    was, now = _flat(began), _flat(config.fixed())
+    changed = [
+        f"{key} was {was.get(key)} and is {now.get(key)}"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
+    ]
+    if changed:
+        more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+        remedy = "resume with the settings that the run began with, or start another under a new --run.name"
+        raise CheckpointError(f"{folder}: {'; '.join(changed[:SHOWN])}{more}; {remedy}")
+
+
+def _flat(value: object, path: str = "") -> dict[str, object]:
+    """Each setting by its `section.key`, as the command line names it."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {path.removeprefix("."): value}
+    return {name: each for key, part in value.items() for name, each in _flat(part, f"{path}.{key}").items()}
 
 
 def describe(folder: Path, config: Config, device: torch.device) -> None:

@@ -96,6 +96,9 @@ class Snapshot:
     """A copy of weights and optimizer in the machine's memory, taken while a step samples, which changes neither.
 
     On a GPU the copy runs beside the sampling; the first update of the step waits for it.
+
+    Attributes:
+        step: steps that were done when it was taken; None while there is no whole one.
     """
 
     def __init__(self, learner: Learner) -> None:
@@ -103,13 +106,15 @@ class Snapshot:
         self._learner = learner
         self._buffers: Tensors = {}
         self._generators: Tensors = {}
+        self.step: int | None = None
         is_cuda = learner.policy.device.type == "cuda"
         self._stream = torch.cuda.Stream(learner.policy.device) if is_cuda else None
         if self._stream is not None:
             learner.optimizer.register_step_pre_hook(self._wait)
 
-    def take(self) -> None:
-        """Copy everything as it is now."""
+    def take(self, step: int) -> None:
+        """Copy everything as it is now, after so many steps."""
+        self.step = None
         tensors = tensors_of(self._learner)
         for name in tensors.keys() - self._buffers.keys():  # the optimizer's come with its first step
             self._buffers[name] = torch.empty_like(tensors[name], device="cpu", pin_memory=self._stream is not None)
@@ -119,6 +124,7 @@ class Snapshot:
             for name, tensor in tensors.items():
                 self._buffers[name].copy_(tensor, non_blocking=True)
         self._generators = generators()
+        self.step = step
 
     def tensors(self) -> Tensors:
         """What was copied."""

@@ -90,8 +90,12 @@ class Scorer:
         token: bearer token that is sent to all of them.
         models: name and version of each reward's model, by its name, where the run has begun already.
 
+    Attributes:
+        models: the same for all rewards, once it is made.
+
     Raises:
         RewardError: a service cannot be reached or is not ready in time.
+        ScoreError: a prompt is missing or of no use, or a reward is of another model than before.
     """
 
     def __init__(
@@ -125,7 +129,9 @@ class Scorer:
             await client.__aenter__()
         await asyncio.gather(*(client.wait_ready(ready_timeout_s) for client in self._clients.values()))
         for reward in self._rewards:
-            _check_prompt(reward, await self._clients[reward.name].info())
+            info = await self._clients[reward.name].info()
+            _check_prompt(reward, info)
+            self.check_model(reward.name, f"{info.name} {info.version}")
 
     def submit(self, images_BHW3: NDArray[np.uint8]) -> Future[Scored]:
         """Starts scoring uint8 images (B, H, W, 3) by every reward; the future holds the result or the error."""
@@ -161,15 +167,23 @@ class Scorer:
         async def one(reward: RewardConfig) -> Scores:
             prompts = None if reward.prompt is None else [reward.prompt] * len(images_BHW3)
             answer = await self._clients[reward.name].score(images_BHW3, prompts, deadline_s=self._timeout_s)
-            self._check_model(reward.name, f"{answer.reward} {answer.version}")
+            self.check_model(reward.name, f"{answer.reward} {answer.version}")
             return np.asarray(answer.scores, dtype=np.float64)
 
         async with asyncio.TaskGroup() as group:
             tasks = {reward.name: group.create_task(one(reward)) for reward in self._rewards}
         return combine({name: task.result() for name, task in tasks.items()}, self._rewards, len(images_BHW3))
 
-    def _check_model(self, name: str, model: str) -> None:
-        """Scores of two models cannot be compared: throughout a run each reward is one."""
+    def check_model(self, name: str, model: str) -> None:
+        """Hold a reward to one model: throughout a run, on all ranks, scores of two cannot be compared.
+
+        Args:
+            name: of the reward.
+            model: name and version; the first that is given is the one.
+
+        Raises:
+            ScoreError: it is another than before.
+        """
         first = self.models.setdefault(name, model)
         if first != model:
             raise ScoreError(

@@ -1,38 +1,31 @@
 """One run from start to end: its services, the evaluations, the steps in between, and what is saved when."""
 
 import json
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from trainer.build import choose_device, make_learner
 from trainer.checkpoint import Checkpoints, RunState
-from trainer.config import Config, ConfigError, RewardConfig
+from trainer.config import Config
 from trainer.distributed import Group, RankLost
 from trainer.evaluation import Evaluator
 from trainer.failures import Stopped, Suspended, passes
 from trainer.interrupt import Interrupt
-from trainer.local_rewards import LocalRewards
 from trainer.loop import Learner, train_step
 from trainer.metrics import Metrics, MetricsLog
 from trainer.models.checkpoints import CheckpointError, write_atomically
-from trainer.run_folder import STATES, describe, hold, open_folder, write_text
-from trainer.run_state import Snapshot, Tensors, generators, restore, tensors_of
+from trainer.run_folder import write_text
+from trainer.run_state import Snapshot, Tensors, generators, tensors_of
 from trainer.scoring import Scorer
-from trainer.settings import Ranks, Settings
 from trainer.update import NotFinite
-
-READY_S = 30.0
-SPARE_S = 6 * 3600.0
-"""How much longer than for the scores a rank waits for a living one: for an evaluation, or while it saves."""
 
 
 @dataclass(frozen=True)
@@ -54,103 +47,6 @@ class Start:
     ends_process: bool = False
 
 
-def train(config: Config, start: Start, console: Console) -> Path:
-    """Trains by a resolved configuration and returns the run's folder.
-
-    Args:
-        config: validated settings.
-        start: how it was started.
-        console: for progress and the closing table.
-
-    Raises:
-        Suspended: it was told to stop, or a service stayed away; the state is saved.
-        Stopped: it reached a bound of its settings; the state is saved.
-        ConfigError, CheckpointError, JudgeError, LoraError, LocalRewardsError, RewardError, ScoreError, RankError,
-        FloatingPointError, OSError: with a message of one line; services that the run started are stopped first.
-    """
-    ranks = Ranks()
-    config.check_ranks(ranks.world_size)
-    device = choose_device(config.run.device, ranks.local_rank)
-    timeout_s = config.run.score_timeout_s + SPARE_S
-    with ExitStack() as stack:
-        interrupt = stack.enter_context(Interrupt(console, is_last=start.ends_process))
-        console = console if ranks.rank == 0 else Console(quiet=True)
-        group = stack.enter_context(closing(Group(ranks, device, timeout_s=timeout_s)))
-        torch.manual_seed(config.run.seed)
-        with group.together():
-            learner = make_learner(config, group, device)
-            found = open_folder(config, start.resume, ranks, must_resume=start.must_resume) if group.leads else None
-        folder, state_path = _told(group, found)
-        states = Checkpoints(folder / STATES, keep=config.checkpoint.keep, run=config.identity())
-        with group.together():
-            if group.leads:
-                stack.enter_context(hold(folder))
-            state = states.load(state_path) if state_path or states.latest() else None
-            if state is not None:
-                restore(learner, state.tensors)
-                state.tensors.clear()  # in the learner now
-            if group.leads:
-                describe(folder, config, device)
-        step = 0 if state is None else state.step
-        if step > config.run.steps:
-            raise ConfigError(f"run.steps is {config.run.steps}, and {step} are done: give as many or more")
-        _announce(config, start, folder, step, console)
-        scorers = _open_scorers(config, group, folder, stack, console, {} if state is None else state.values["models"])
-        evaluator = Evaluator(config, learner, *scorers)
-        run = Session(config, start, learner, group, folder, states, evaluator, scorers[0], interrupt, console, step)
-        if state is not None:
-            run.seconds, run.before = state.values["seconds"], state.values["before"]
-        run.train()
-    return folder
-
-
-def _told(group: Group, found: tuple[Path, Path | None] | None) -> tuple[Path, Path | None]:
-    """What the first rank found, for all."""
-    folder, state = json.loads(group.tell(json.dumps([str(path or "") for path in found] if found else None)))
-    return Path(folder), Path(state) if state else None
-
-
-def _announce(config: Config, start: Start, folder: Path, step: int, console: Console) -> None:
-    goes_on = f"   resumed after step {step}" if step else ""
-    line = f"[bold]{escape(start.recipe)}[/] → {escape(f'{folder}   {config.summary}{goes_on}')}"
-    console.print(line, soft_wrap=True)
-
-
-def _open_scorers(
-    config: Config, group: Group, folder: Path, stack: ExitStack, console: Console, models: Mapping[str, str]
-) -> tuple[Scorer, Scorer | None]:
-    """The services that are optimised, and those that are only looked at; both as clients of this rank."""
-    every = (*config.rewards, *config.eval.rewards)
-    local = [reward.name for reward in every if reward.url is None]
-    with group.together():
-        services = stack.enter_context(LocalRewards(local if group.leads else [], folder / "services.log"))
-    urls: dict[str, str] = json.loads(group.tell(json.dumps(services.urls)))
-    for name, url in urls.items():
-        console.print(escape(f"reward {name}: {url}  (started for this run)"), soft_wrap=True)
-    for reward in every:
-        if reward.url is not None:
-            urls[reward.name] = reward.url
-            console.print(escape(f"reward {reward.name}: {reward.url}"), soft_wrap=True)
-
-    def open_scorer(rewards: tuple[RewardConfig, ...]) -> Scorer:
-        timeout_s = config.run.score_timeout_s
-        scorer = Scorer(
-            rewards,
-            urls,
-            timeout_s=timeout_s,
-            ready_timeout_s=min(timeout_s, READY_S),
-            token=Settings().token,
-            models=models,
-        )
-        services.when_dead(scorer.abort)
-        return stack.enter_context(scorer)
-
-    with group.together():
-        scorer = open_scorer(config.rewards)
-        watcher = open_scorer(config.eval.rewards) if config.eval.rewards and group.leads else None
-    return scorer, watcher
-
-
 @dataclass
 class Session:
     """A run between its start and its end, on one rank."""
@@ -169,32 +65,42 @@ class Session:
     seconds: float = 0.0
     before: Metrics | None = None
     _reward: float | None = field(default=None, init=False)
+    _snapshot: Snapshot | None = field(default=None, init=False)
+    _writing: threading.RLock = field(default_factory=threading.RLock, init=False)
 
     def train(self) -> None:
         """Evaluate, take all steps, evaluate, sum up."""
         if self.before is None:
             self.before = self._evaluate("before", 0)
-        snapshot = Snapshot(self.learner) if self.group.leads else None
+            self._save()  # from here on a run that is killed goes on
+        if self.group.leads:
+            self._snapshot = Snapshot(self.learner)
+        self.group.when_lost = self._rescue
         with (
             self.interrupt.deferred(),
             MetricsLog(self.folder, self.config, self.console, self.step, self.group.leads) as log,
         ):
             while self.step < self.config.run.steps:
-                self._take_step(log, snapshot)
+                try:
+                    self._take_step(log)
+                except RankLost as error:
+                    raise Suspended(f"{error}{self._rescue()}") from error
         with self._saved():
             self._finish()
 
-    def _take_step(self, log: MetricsLog, snapshot: Snapshot | None) -> None:
+    def _take_step(self, log: MetricsLog) -> None:
         """One step, and whatever is due after it."""
         began_s = time.perf_counter()
-        if snapshot is not None:
-            snapshot.take()
+        if self._snapshot is not None:
+            with self._writing:
+                self._snapshot.take(self.step)
         try:
             metrics = train_step(self.learner, self.scorer.submit, self.config, self.step)
+        except RankLost:
+            raise
         except Exception as error:
-            ending = self._save_after(error, snapshot)
-            if not isinstance(error, RankLost):
-                self.group.any(False)  # wait until the first has saved: torchrun ends all once one has ended
+            ending = self._save_after(error)
+            self.group.any(False)  # wait until the first has saved: torchrun ends all once one has ended
             raise ending from error
         self.step += 1
         self.seconds += time.perf_counter() - began_s
@@ -237,24 +143,52 @@ class Session:
                 self._write(self.step, tensors_of(self.learner) | generators(), self._reward)
 
     def _write(self, step: int, tensors: Tensors, reward: float | None) -> None:
-        values = {"seconds": self.seconds, "before": self.before, "models": self.scorer.models}
-        self.states.save(RunState(step, tensors, values, reward))
+        values = {
+            "seconds": self.seconds,
+            "before": self.before,
+            "models": self.scorer.models,
+            "origin": self.learner.origin,
+        }
+        with self._writing:
+            self.states.save(RunState(step, tensors, values, reward))
 
-    def _save_after(self, error: Exception, snapshot: Snapshot | None) -> Exception:
+    def _rescue(self) -> str:
+        """Save what there is when another rank is lost, from whatever thread finds out; the words that say so.
+
+        The weights may be in the middle of an update, and the GPU in the middle of a collective that never ends: the
+        snapshot is neither.
+        """
+        words = f"; {self._remedy()}"
+        if self._snapshot is None:
+            return words
+        with self._writing:  # neither a save nor a snapshot in the making
+            step, saved = self._snapshot.step, max(self.states.steps(), default=0)
+            if step is not None and step > saved:
+                try:
+                    self._write(step, self._snapshot.tensors(), self._reward)
+                except CheckpointError as error:
+                    return f"; the state could not be saved: {error}{words}"
+                saved = step
+        return f"; the state after step {saved} is saved{words}"
+
+    def _save_after(self, error: Exception) -> Exception:
         """Save what there was before a step that failed; and what a loss that was not finite came from.
 
         Returns:
             The error to raise: `Suspended` for one that passes.
         """
-        if snapshot is not None:  # the first rank, which needs no other to save
+        if self._snapshot is not None:  # the first rank, which needs no other to save
             try:
-                self._write(self.step, snapshot.tensors(), self._reward)
+                self._write(self.step, self._snapshot.tensors(), self._reward)
             except CheckpointError as second:  # the first error is the one to report, and not as one that passes
                 self.console.print(f"[bold red]the state could not be saved:[/] {escape(str(second))}", soft_wrap=True)
                 return error
             if isinstance(error, NotFinite):
                 path = self.folder / "not_finite" / f"step_{self.step + 1:06d}.safetensors"
-                save_tensors(path, error.minibatch)
+                try:
+                    save_tensors(path, error.minibatch)
+                except OSError as second:
+                    return NotFinite(f"{error}; its minibatch could not be kept: {second}", error.minibatch)
                 return NotFinite(f"{error}; its minibatch is in {path}", error.minibatch)
         return self._suspended(error) if passes(error) else error
 

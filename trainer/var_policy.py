@@ -1,5 +1,6 @@
 """VAR as a policy: transformer, tokenizer and the precision they run in. B images, L tokens, N labels."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -87,6 +88,15 @@ class VarPolicy:
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Write the transformer in the published layout, with its adapters, if any, merged into it."""
         save_var(path, merge_lora(self.var) if has_lora(self.var) else self.var, metadata)
+
+    def digest(self) -> str:
+        """SHA-256 of the weights of transformer and tokenizer, in hexadecimal."""
+        digest = hashlib.sha256()
+        for module in (self.var, self.vqvae):
+            for name, tensor in module.state_dict().items():
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Those of the transformer that are trained."""

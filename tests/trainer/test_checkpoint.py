@@ -213,7 +213,9 @@ def test_what_is_no_state_is_named(tmp_path: Path) -> None:
     """A path to nothing, to a file in a state or to the folder above it is refused by name."""
     (path,) = fill(tmp_path, 1)
     store = make_store(tmp_path)
-    assert "step_00000002/manifest.json: found no manifest" in failure(lambda: store.load(tmp_path / "step_00000002"))
+    missing = failure(lambda: store.load(tmp_path / "step_00000002"))
+    assert "step_00000002: no such state" in missing
+    assert "damaged" not in missing
     for wrong in (path / "state.safetensors", tmp_path):
         assert f"{wrong}: expected the folder of a state" in failure(lambda wrong=wrong: store.load(wrong))
 

@@ -135,6 +135,28 @@ def test_a_rank_that_dies_leaves_the_others_exiting(start: Start, recipe: Path) 
 
 @pytest.mark.redis
 @pytest.mark.slow
+def test_a_frozen_rank_costs_no_finished_step(start: Start, recipe: Path) -> None:
+    """The first rank waits in a collective that never ends; its watching thread saves, names the other, and ends it."""
+    run = start(recipe, "--run.steps", "100000", "--run.grid_every", "0", "--checkpoint.every", "100000", ranks=2)
+    folder = recipe.parent / "runs" / "tiny"
+    wait_until(lambda: len(metrics(folder)) >= 3, 120)
+    frozen = run.rank(1)
+    run.note_children()
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        wait_until(lambda: "rank 1 is gone" in run.error(), 30)
+        wait_until(lambda: "is saved" in run.error(), 10)
+    finally:
+        os.kill(frozen, signal.SIGKILL)
+    run.outcome()
+    (line,) = (line for line in run.error().splitlines() if line.startswith("error:"))
+    done = metrics(folder)[-1]["step"]
+    assert f"rank 1 is gone; rank 0 ends; the state after step {done} is saved; go on with: torchrun" in line
+    assert (folder / "states" / f"step_{done:08d}").is_dir()
+
+
+@pytest.mark.redis
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 3])
 def test_torchrun_starts_a_run_again_in_its_own_folder(start: Start, recipe: Path, steps: int) -> None:
     """A rank is killed before the first state, or after: the run is whole, and another of its name is left alone."""
@@ -169,8 +191,8 @@ def test_one_signal_stops_all_ranks_together(start: Start, recipe: Path) -> None
     assert outcome.err.count("is saved, go on with") == 2
     assert outcome.err.count("exitcode  : 75") == 2
     done = lines(recipe.parent / "runs" / "tiny" / "metrics.jsonl")[-1]["step"]
-    (state,) = (recipe.parent / "runs" / "tiny" / "states").iterdir()
-    assert state.name == f"step_{done:08d}"
+    states = (recipe.parent / "runs" / "tiny" / "states").iterdir()
+    assert max(state.name for state in states) == f"step_{done:08d}"
 
 
 def test_work_that_cannot_be_shared_is_refused(recipe: Path) -> None:

@@ -54,7 +54,9 @@ def test_metrics_mean_what_they_say() -> None:
     labels_N = make_learner(config).policy.draw_conditions(config.run.seed, 0, 2)
     assert seen[0].tolist() == labels_N.repeat_interleave(4).tolist()
     seconds = [value for name, value in metrics.items() if name.startswith("seconds/") and name != "seconds/step"]
-    assert metrics["seconds/step"] == pytest.approx(sum(filter(None, seconds)))
+    total = sum(filter(None, seconds))
+    assert metrics["seconds/step"] is not None
+    assert total < metrics["seconds/step"] < 1.5 * total + 0.1
 
 
 def given(scores_B: NDArray[np.float64], rewards: list[RewardConfig] | None = None) -> Future[Scored]:

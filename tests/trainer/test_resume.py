@@ -37,15 +37,16 @@ def done_steps(folder: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def wait_for(folder: Path, steps: int) -> None:
-    """Wait until so many steps are done."""
-    wait_until(lambda: done_steps(folder) >= steps, 120)
+def wait_for(folder: Path, steps: int, run: Run | None = None) -> None:
+    """Wait until so many steps are done; a run that has ended will not do them."""
+    wait_until(lambda: done_steps(folder) >= steps or (run is not None and not run.is_running()), 120)
+    assert done_steps(folder) >= steps, run and run.error()
 
 
 def kill_in_the_middle(start: Start, recipe: Path, *, after: int, ranks: int, more: Sequence[object]) -> None:
     """Start a run and kill all of it, once so many steps are done."""
     run = start(recipe, *SETTINGS, *more, "--run.name", "parts", ranks=ranks)
-    wait_for(recipe.parent / "runs" / "parts", after)
+    wait_for(recipe.parent / "runs" / "parts", after, run)
     run.note_children()
     for pid in [*run.children, run.pid]:
         try:
@@ -61,7 +62,7 @@ def check_killed_and_resumed(
     """Killed at a random step and resumed, twice, the metrics are those of a run that was never killed."""
     assert start(recipe, *SETTINGS, *more, "--run.name", "whole", ranks=ranks).outcome().code == 0
     generator = random.Random()
-    for after in (generator.randint(3, 6), generator.randint(7, STEPS - 1)):
+    for after in (generator.randint(1, 6), generator.randint(7, STEPS - 1)):
         resume = ("--resume",) if after > 6 else ()
         kill_in_the_middle(start, recipe, after=after, ranks=ranks, more=(*more, *resume))
     outcome = start(recipe, *SETTINGS, *more, "--run.name", "parts", "--resume", ranks=ranks).outcome()
@@ -179,9 +180,33 @@ def test_another_runs_state_is_refused(run_here: RunHere, recipe: Path) -> None:
     """A recipe that would learn otherwise cannot go on from it; where the work is done may change."""
     assert run_here(recipe).code == 0
     folder = recipe.parent / "runs" / "tiny"
-    outcome = run_here(recipe, "--optim.lr", 0.01, "--run.steps", 3, "--resume", folder)
-    assert_failed(outcome, "resume with the settings that it was made with")
+    outcome = run_here(recipe, "--optim.lr", 0.01, "--rewards.0.weight", 2, "--run.steps", 3, "--resume", folder)
+    changes = "optim.lr was 0.001 and is 0.01; rewards.0.weight was 1.0 and is 2.0"
+    assert_failed(outcome, changes, "resume with the settings that the run began with")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["optim"]["lr"] == 0.001
     assert run_here(recipe, "--rollout.chunk", 4, "--run.steps", 3, "--resume", folder).code == 0
+
+
+def test_weights_may_move_and_not_change(run_here: RunHere, recipe: Path) -> None:
+    """The reference is what the run began with, wherever it is read."""
+    moved, other = recipe.parent / "moved.safetensors", recipe.parent / "other.safetensors"
+    save_var(moved, make_var())
+    save_var(other, make_var(seed=1))
+    assert run_here(recipe).code == 0
+    more = ("--run.steps", 3, "--resume", "--model.var")
+    assert_failed(
+        run_here(recipe, *more, other), f"model.var {other}", "other weights than those that the run began with"
+    )
+    outcome = run_here(recipe, *more, moved)
+    assert outcome.code == 0, outcome.err
+
+
+def test_sigterm_in_an_evaluation_ends_the_run_at_once(start: Start, recipe: Path) -> None:
+    """Nothing is lost by it: exit 75 has a cluster start the same command again."""
+    run = start(recipe, "--eval.samples", 100_000)
+    wait_until(lambda: "reward brightness: http" in run.error(), 60)
+    run.send(signal.SIGTERM)
+    assert_failed(run.outcome(), "interrupted", code=75)
 
 
 def test_a_damaged_state_is_refused_and_the_one_before_offered(run_here: RunHere, recipe: Path) -> None:
@@ -216,8 +241,7 @@ def test_a_service_that_stays_away_leaves_a_run_that_goes_on(start: Start, run_h
     outcome = run.outcome()
     assert_failed(outcome, f"127.0.0.1:{port}", f"--resume {folder}", code=75)
     done = done_steps(folder)
-    (state,) = (folder / "states").iterdir()
-    assert state.name == f"step_{done:08d}"
+    assert max(path.name for path in (folder / "states").iterdir()) == f"step_{done:08d}"
     resumed = run_here(recipe, "--run.steps", done + 1, "--run.grid_every", 0, "--resume", folder)
     assert resumed.code == 0, resumed.err
 

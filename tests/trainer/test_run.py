@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from PIL import Image
 from services.protocol import MEDIA_JSON, Info, Limits
 from tests.services.conftest import descendants, wait_until
 from tests.trainer.conftest import Outcome, Run, make_var, same_weights, weights
+from trainer.checkpoint import MANIFEST, TENSORS, VALUES
 from trainer.miniature.weights import FILES
 from trainer.models.checkpoints import load_var, read_metadata
 from trainer.options import load_config, recipe_names
@@ -72,7 +72,7 @@ def assert_complete(folder: Path) -> None:
         "services.log",
         "summary.json",
         "checkpoint/var.safetensors",
-        *(f"states/step_00000002/{name}" for name in ("state.safetensors", "values.json", "manifest.json")),
+        *(f"states/step_0000000{step}/{name}" for step in (0, 2) for name in (TENSORS, VALUES, MANIFEST)),
         *(f"grids/step_{step:06d}.png" for step in (0, 1, 2)),
     }
 
@@ -187,11 +187,31 @@ def test_a_service_that_is_down_is_one_line(run_here: RunHere, recipe: Path) -> 
     assert_nothing_saved(recipe)
 
 
-@pytest.mark.redis
-@pytest.mark.skipif(find_spec("wandb") is not None, reason="it is installed")
-def test_a_logger_that_is_not_installed_is_one_line(run_here: RunHere, recipe: Path) -> None:
-    """The package to install."""
+def test_a_logger_that_is_not_installed_is_one_line(
+    run_here: RunHere, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package to install, before anything is loaded or made."""
+    monkeypatch.setattr("trainer.loggers.find_spec", lambda name: None)
     assert_failed(run_here(recipe, "--run.loggers", "[wandb]"), "pip install wandb", code=2)
+    assert not (recipe.parent / "runs").exists()
+
+
+@pytest.mark.redis
+@pytest.mark.slow
+def test_weights_and_biases_get_the_same_numbers(start: Start, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline, by the real package; a run that goes on is the same one there."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for more in ((), ("--run.steps", "3", "--resume")):
+        outcome = start(recipe, "--run.loggers", "[wandb]", *more).outcome()
+        assert outcome.code == 0, outcome.err
+    folder = recipe.parent / "runs" / "tiny"
+    logged = list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(logged) == 2
+    assert len({path.name for path in logged}) == 1
+    content = b"".join(path.read_bytes() for path in logged)
+    assert b"label_accuracy" not in content  # this recipe has no classifier
+    for name in (b"reward_std", b"seconds/step"):
+        assert content.count(name) >= 3
 
 
 @pytest.mark.redis
@@ -216,20 +236,30 @@ def largest_file(size: int) -> Iterator[None]:
 @pytest.mark.redis
 def test_a_full_disk_while_writing_the_checkpoint_is_one_line(run_here: RunHere, recipe: Path) -> None:
     """The file, its size and the remedy, and nothing of it is left; the smaller files before it were written."""
+    with largest_file(256 * 1024):  # room for the state before the first step, which has nothing of the optimizer
+        outcome = run_here(recipe)
+    assert_failed(outcome, "state.safetensors", "File too large", "make room")
+    assert_nothing_saved(recipe, states=1)
+    assert len(lines(recipe.parent / "runs" / "tiny" / "metrics.jsonl")) == 2
+
+
+@pytest.mark.redis
+def test_a_full_disk_is_found_before_the_first_step(run_here: RunHere, recipe: Path) -> None:
+    """The state that a run begins with is saved first."""
     with largest_file(64 * 1024):
         outcome = run_here(recipe)
     assert_failed(outcome, "state.safetensors", "File too large", "make room")
     assert_nothing_saved(recipe)
-    assert len(lines(recipe.parent / "runs" / "tiny" / "metrics.jsonl")) == 2
+    assert not (recipe.parent / "runs" / "tiny" / "metrics.jsonl").exists()
 
 
 @pytest.mark.redis
 def test_a_full_disk_in_the_middle_of_training_is_one_line(run_here: RunHere, recipe: Path) -> None:
     """TensorBoard's writing thread meets it first; its traceback is not shown beside the error."""
-    with largest_file(16 * 1024):
-        outcome = run_here(recipe, *ENDLESS)
+    with largest_file(160 * 1024):
+        outcome = run_here(recipe, *ENDLESS, "--checkpoint.every", "100000")
     assert_failed(outcome, "run.dir", "File too large", "make room")
-    assert_nothing_saved(recipe)
+    assert_nothing_saved(recipe, states=1)
 
 
 class FailsAtLast(BaseHTTPRequestHandler):
@@ -309,7 +339,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(start: Start, recipe: Path) ->
     run.send(signal.SIGINT)
     folder = recipe.parent / "runs" / "tiny"
     assert_failed(run.outcome(), "interrupted", "is saved", f"--resume {folder}", code=75)
-    assert_nothing_saved(recipe, states=1)
+    assert_nothing_saved(recipe, states=2)
     assert lines(recipe.parent / "runs" / "tiny" / "metrics.jsonl")
 
 
@@ -330,5 +360,5 @@ def test_sigterm_is_one_line_and_leaves_no_process(run_here: RunHere, recipe: Pa
     orchestrator.join()
     assert_failed(outcome, "interrupted", "is saved", code=75)
     assert len(children) >= 4
-    assert_nothing_saved(recipe, states=1)
+    assert_nothing_saved(recipe, states=2)
     assert signal.getsignal(signal.SIGTERM) is before

@@ -73,7 +73,7 @@ def test_a_snapshot_is_what_the_step_began_with() -> None:
     learner = make_learner(config)
     train_step(learner, Submit(), config, 0)
     snapshot = Snapshot(learner)
-    snapshot.take()
+    snapshot.take(0)
     before = weights(learner.policy.var)
     first = train_step(learner, Submit(), config, 1)
     after = weights(learner.policy.var)
