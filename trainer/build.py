@@ -75,10 +75,15 @@ def make_learner(config: Config, group: Group, device: torch.device) -> Learner:
     outside = [label for label in classes if label >= count]
     if outside:
         raise ConfigError(f"rollout.classes holds {outside[0]}; this policy has the labels 0 to {count - 1}")
-    policy = VarPolicy(var, vqvae, classes, make_autocast(device, config.run.dtype))
+    decode_dtype = getattr(torch, config.run.decode_dtype)
+    policy = VarPolicy(var, vqvae, classes, make_autocast(device, config.run.dtype), decode_dtype=decode_dtype)
     origin = policy.digest()
     reference = _reference(policy, config)
     var.checkpoint_activations = sources.recompute
+    if sources.compile:
+        for each in (policy, reference):
+            if each is not None:
+                each.var.compile_blocks()
     optim = config.optim
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True

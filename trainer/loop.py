@@ -93,7 +93,7 @@ def train_step(learner: Learner, submit: Submit, config: Config, step: int) -> M
         for epoch in range(config.grpo.epochs):
             for rows_B in minibatches(len(batch.advantages_B), config.optim.minibatch, config.run.seed, step, epoch):
                 updates.make(batch, rows_B, step)
-        updates.release()
+        updates.finish(batch, step)
     return {
         **_score_metrics(scored, batch.advantages_B, rollout.group_size),
         "label_accuracy": None if accuracy is None else group.mean(accuracy),

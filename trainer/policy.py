@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from trainer.models.var import VAR, Block
 from trainer.models.vqvae import VQVAE
+from trainer.token_log_probs import gather, scaled, token_log_probs
 
 # From a scale's index and logits (of the conditional and, guided, the unconditional half) to its scaled logits.
 Shape = Callable[[int, Tensor], Tensor]
@@ -55,7 +56,7 @@ def sample(var: VAR, vqvae: VQVAE, labels_B: Tensor, *, temperature: float, unif
     _check(var, labels_B, temperature, uniforms_BL)
 
     def shape(_: int, logits_BlV: Tensor) -> Tensor:
-        return _scaled(logits_BlV, temperature)
+        return scaled(logits_BlV, temperature)
 
     return _unroll(var, vqvae, labels_B, uniforms_BL, guided=False, shape=shape)
 
@@ -80,11 +81,7 @@ def log_probs(
         ValueError: the temperature is out of range, or DropPath is active.
     """
     _check_deterministic(var, temperature)
-    scaled_BLV = _scaled(var(labels_B, var_input_BLmC), temperature)
-    log_probs_BL, log_norm_BL = _gather(scaled_BLV, tokens_BL)
-    with torch.no_grad():
-        entropy_BL = log_norm_BL - (scaled_BLV.softmax(dim=-1) * scaled_BLV).sum(dim=-1)
-    return log_probs_BL, entropy_BL
+    return token_log_probs(var(labels_B, var_input_BLmC), tokens_BL, temperature)
 
 
 def generate(
@@ -128,7 +125,7 @@ def generate(
             t = guidance * scale / last_scale
             conditional_BlV, unconditional_BlV = logits_BlV.float().chunk(2)
             logits_BlV = (1 + t) * conditional_BlV - t * unconditional_BlV
-        return _keep_top_p(_keep_top_k(_scaled(logits_BlV, temperature), top_k), top_p)
+        return _keep_top_p(_keep_top_k(scaled(logits_BlV, temperature), top_k), top_p)
 
     return _unroll(var, vqvae, labels_B, uniforms_BL, guided=guidance > 0, shape=shape)
 
@@ -166,14 +163,18 @@ def keyed_uniforms(seed: int, step: int, slots: Sequence[int], group_size: int, 
 
 
 @torch.no_grad()
-def decode_uint8(vqvae: VQVAE, f_hat_BCHW: Tensor) -> Tensor:
+def decode_uint8(vqvae: VQVAE, f_hat_BCHW: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Latent maps as pictures: uint8 (B, h, w, 3) on the same device, [-1, 1] mapped to 0 … 255 and rounded.
 
-    The decoder runs in float32, also where autocast is on.
+    Args:
+        vqvae: the tokenizer.
+        f_hat_BCHW: float32 latent maps.
+        dtype: of the decoder's convolutions, whatever autocast is on around it; bfloat16 moves a mean luma by up to
+            0.001.
     """
-    with torch.autocast(f_hat_BCHW.device.type, enabled=False):  # bfloat16 would move a score by up to 0.001
+    with torch.autocast(f_hat_BCHW.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         images_B3hw: Tensor = vqvae.decode(f_hat_BCHW)
-    return ((images_B3hw + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return ((images_B3hw.float() + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 @torch.no_grad()
@@ -194,24 +195,13 @@ def _unroll(var: VAR, vqvae: VQVAE, labels_B: Tensor, uniforms_BL: Tensor, *, gu
         scaled_BlV = shape(scale, var.step(scale, input_BlC, cache))
         tokens_Bl = _inverse_cdf(scaled_BlV, uniforms_BL[:, begin:end])
         tokens.append(tokens_Bl)
-        token_log_probs.append(_gather(scaled_BlV, tokens_Bl)[0])
+        token_log_probs.append(gather(scaled_BlV, tokens_Bl)[0])
         # In float32, so that the same tokens give the same input here and in `embed_scales`.
         with torch.autocast(device.type, enabled=False):
             f_hat_BCHW, next_BlC = vqvae.quantize.next_input(scale, f_hat_BCHW, tokens_Bl)
         if next_BlC is not None:
             inputs.append(next_BlC)
     return Rollout(torch.cat(tokens, 1), torch.cat(token_log_probs, 1), f_hat_BCHW, torch.cat(inputs, 1))
-
-
-def _scaled(logits_BlV: Tensor, temperature: float) -> Tensor:
-    """The policy's distribution as logits: every probability here is the softmax of this."""
-    return logits_BlV.float() / temperature
-
-
-def _gather(scaled_BlV: Tensor, tokens_Bl: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (B, l) of tokens, and the log of the normalising sums (B, l)."""
-    log_norm_Bl = scaled_BlV.logsumexp(dim=-1)
-    return scaled_BlV.gather(-1, tokens_Bl[..., None])[..., 0] - log_norm_Bl, log_norm_Bl
 
 
 def _inverse_cdf(scaled_BlV: Tensor, uniforms_Bl: Tensor) -> Tensor:

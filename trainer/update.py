@@ -78,10 +78,15 @@ class Updates:
         self._gradients = Gradients(self._parameters, group) if group.size > 1 else None
         self._measured: list[_Measured] = []
         self._grad_norms: list[Tensor] = []
+        self._rows: list[Tensor] = []
+        self._is_broken = torch.zeros((), device=policy.device)  # 1 from the first minibatch that is not finite
         self._knows_kl = False
 
     def make(self, batch: Batch, rows_M: Tensor, step: int) -> None:
         """One optimizer step on a minibatch, split over the ranks, its gradient accumulated over micro-batches.
+
+        Whether all is finite stays on the device, so that a GPU is not waited for: from the first loss or gradient
+        that is not, no update changes weights or optimizer any more, and `finish` says so.
 
         Args:
             batch: the step's images.
@@ -89,7 +94,6 @@ class Updates:
             step: of the run.
 
         Raises:
-            NotFinite: on all ranks alike; neither the weights nor the optimizer have seen it.
             RankError: another rank failed.
         """
         optim = self._config.optim
@@ -102,23 +106,39 @@ class Updates:
         loss = self._group.average(measured.terms.loss.clone())
         with self._group.together():  # the first step of an optimizer takes memory
             grad_norm = nn.utils.clip_grad_norm_(self._parameters, optim.grad_clip or float("inf"))
-            if not bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
-                self._clear()
-                raise self._not_finite(batch, rows_M, step, loss, grad_norm)
+            is_finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+            self._is_broken = torch.maximum(self._is_broken, (~is_finite).float())
             for parameters in self._optimizer.param_groups:
                 parameters["lr"] = learning_rate(optim, step, self._config.run.steps)
+            self._optimizer.found_inf = self._is_broken  # type: ignore[attr-defined] # read by fused optimizers, as amp does
             self._optimizer.step()
         self._clear()
-        self._measured.append(measured)
+        self._measured.append(measured._replace(terms=measured.terms._replace(loss=loss)))
         self._grad_norms.append(grad_norm)
+        self._rows.append(rows_M)
 
-    def _not_finite(self, batch: Batch, rows_M: Tensor, step: int, loss: Tensor, grad_norm: Tensor) -> NotFinite:
-        minibatch = {name.partition("_B")[0]: values_B[rows_M].cpu() for name, values_B in batch._asdict().items()}
-        return NotFinite(
-            f"step {step + 1}: loss {float(loss)}, gradient norm {float(grad_norm)}; "
+    def finish(self, batch: Batch, step: int) -> None:
+        """Wait for the updates, and give back the memory of the gradients, which the next step's sampling can use.
+
+        Raises:
+            NotFinite: on all ranks alike; weights and optimizer are as they were before the minibatch that it names.
+        """
+        self._optimizer.zero_grad(set_to_none=True)
+        self._gradients = None
+        if not bool(self._is_broken):
+            return
+        losses, norms = (torch.stack(values).tolist() for values in (self._losses(), self._grad_norms))
+        pairs = zip(losses, norms, strict=True)
+        first = next(index for index, pair in enumerate(pairs) if not all(map(math.isfinite, pair)))
+        rows_M = self._rows[first]
+        raise NotFinite(
+            f"step {step + 1}: loss {losses[first]}, gradient norm {norms[first]}; "
             f"this update was not made; lower optim.lr (now {self._config.optim.lr})",
-            minibatch,
+            {name.partition("_B")[0]: values_B[rows_M].cpu() for name, values_B in batch._asdict().items()},
         )
+
+    def _losses(self) -> list[Tensor]:
+        return [measured.terms.loss for measured in self._measured]
 
     def _accumulate(self, batch: Batch, rows_m: Tensor) -> _Measured:
         """Add up the gradients of this rank's part of a minibatch."""
@@ -154,16 +174,11 @@ class Updates:
         else:
             self._gradients.clear()
 
-    def release(self) -> None:
-        """Give back the memory of the gradients, which the next step's sampling can use."""
-        self._optimizer.zero_grad(set_to_none=True)
-        self._gradients = None
-
     def metrics(self) -> Metrics:
         """Means and maxima over the updates and the ranks; the KL is None without a reference."""
         terms = [measured.terms for measured in self._measured]
         means = {
-            "loss": [term.loss for term in terms],
+            "loss": self._losses(),
             "kl": [term.kl for term in terms],
             "ratio_mean": [term.ratio_mean for term in terms],
             "clip_fraction": [term.clip_fraction for term in terms],

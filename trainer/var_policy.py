@@ -27,8 +27,9 @@ class VarPolicy:
         var: the transformer, in eval mode, for label dropout and DropPath are off in RL.
         vqvae: its tokenizer, frozen.
         classes: labels to draw from.
-        autocast: makes the context that the transformer runs in; the tokenizer runs in float32.
+        autocast: makes the context that the transformer runs in; the quantizer runs in float32.
         adapted: makes a context around each use of the transformer, as one that switches an adapter off.
+        decode_dtype: of the decoder's convolutions.
     """
 
     var: VAR
@@ -36,6 +37,7 @@ class VarPolicy:
     classes: Sequence[int]
     autocast: Context = nullcontext
     adapted: Context = nullcontext
+    decode_dtype: torch.dtype = torch.float32
 
     @property
     def device(self) -> torch.device:
@@ -76,7 +78,7 @@ class VarPolicy:
 
     def decode(self, rollout: Rollout) -> Tensor:
         """The images of a rollout, uint8 (B, H, W, 3)."""
-        return decode_uint8(self.vqvae, rollout.f_hat_BCHW)
+        return decode_uint8(self.vqvae, rollout.f_hat_BCHW, dtype=self.decode_dtype)
 
     def log_probs(self, conditions_B: Tensor, tokens_BL: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities with gradient, and entropies, float32 (B, L); see `trainer.policy.log_probs`."""

@@ -12,7 +12,8 @@ from conftest import GOLDEN, TINY
 from fill import fill
 from torch import Tensor, nn
 
-from trainer.models.var import OFFICIAL_DEPTHS, VAR, SelfAttention, VARConfig
+from trainer.models.attention import Scales, SelfAttention
+from trainer.models.var import OFFICIAL_DEPTHS, VAR, VARConfig
 from trainer.models.vqvae import VQVAE
 
 VARIANTS = {
@@ -21,6 +22,8 @@ VARIANTS = {
     "shared AdaLN": replace(TINY, shared_adaln=True),
     "first scale of four tokens": replace(TINY, patch_nums=(2, 3, 4)),
 }
+
+SEES_ALL = Scales(torch.zeros(1, 1, 3, 3), None)
 
 
 def build(config: VARConfig, **options: float) -> VAR:
@@ -65,7 +68,7 @@ def test_plain_attention_has_no_learned_scale() -> None:
     q, k, v = attention.mat_qkv(x_BlC).view(1, 3, 3, 2, 4).permute(2, 0, 3, 1, 4)
     weights = (q @ k.transpose(2, 3) * 0.25 / math.sqrt(4)).softmax(dim=-1)
     expected = attention.proj((weights @ v).transpose(1, 2).reshape(1, 3, 8))
-    torch.testing.assert_close(attention(x_BlC, None, None), expected)
+    torch.testing.assert_close(attention(x_BlC, SEES_ALL), expected)
 
 
 def test_learned_scale_is_bounded() -> None:
@@ -75,7 +78,7 @@ def test_learned_scale_is_bounded() -> None:
     outputs = []
     for value in (100.0, 1e6):
         nn.init.constant_(attention.scale_mul_1H11, math.log(value))
-        outputs.append(attention(x_BlC, None, None))
+        outputs.append(attention(x_BlC, SEES_ALL))
     assert torch.equal(*outputs)
 
 

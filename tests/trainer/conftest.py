@@ -98,7 +98,9 @@ def make_learner(
     return TinyLearner(
         policy=policy,
         reference=replace(policy, var=deepcopy(var).requires_grad_(False)),
-        optimizer=torch.optim.AdamW(var.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay),
+        optimizer=torch.optim.AdamW(
+            var.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay, fused=True
+        ),
         judge=judge,
         group=group or alone(),
     )

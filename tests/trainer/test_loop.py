@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.trainer.conftest import Submit, TinyLearner, answered, make_config, make_learner, same_weights, weights
+from tests.trainer.conftest import TINY, Submit, TinyLearner, answered, make_config, make_learner, same_weights, weights
 from trainer.config import Config, RewardConfig
 from trainer.grpo import group_advantages, k3_kl
 from trainer.loop import train_step
@@ -19,6 +19,7 @@ from trainer.metrics import Metrics
 from trainer.rollout import roll_out
 from trainer.scoring import Scored, ScoreError
 from trainer.shaping import AtLeast
+from trainer.update import Batch, NotFinite, Updates
 
 METRICS_PAGE = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
 
@@ -168,8 +169,31 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights() -> None:
     with pytest.raises(FloatingPointError, match=r"step 1: loss nan.*lower optim.lr"):
         train_step(learner, Submit(), config, 0)
     assert same_weights(weights(learner.policy.var), before)
-    assert not learner.optimizer.state
+    assert not any(entry.any() for state in learner.optimizer.state.values() for entry in state.values())
     assert all(p.grad is None for p in learner.policy.var.parameters())
+
+
+def test_no_update_follows_one_that_is_not_finite() -> None:
+    """Weights stay as they were before the second minibatch, whose images the error holds; the third is fine."""
+    config = make_config(optim={"minibatch": 4})
+    learner, twin = make_learner(config), make_learner(config)
+    batch = Batch(
+        conditions_B=torch.zeros(12, dtype=torch.int64),
+        tokens_BL=torch.randint(TINY.vocab_size, (12, TINY.length), generator=torch.Generator().manual_seed(0)),
+        log_probs_BL=torch.full((12, TINY.length), -3.0),
+        reference_BL=torch.full((12, TINY.length), -3.0),
+        advantages_B=torch.arange(12.0) - 5.5,
+    )
+    batch.reference_BL[5] = torch.nan
+    updates, first = (Updates(each.policy, each.optimizer, each.group, config) for each in (learner, twin))
+    for rows_M in torch.arange(12).split(4):
+        updates.make(batch, rows_M, 0)
+    first.make(batch, torch.arange(4), 0)
+    with pytest.raises(NotFinite, match="step 1: loss nan") as raised:
+        updates.finish(batch, 0)
+    assert raised.value.minibatch["advantages"].tolist() == [-1.5, -0.5, 0.5, 1.5]
+    assert same_weights(weights(learner.policy.var), weights(twin.policy.var))
+    assert {float(state["step"]) for state in learner.optimizer.state.values()} == {1.0}
 
 
 def test_only_the_policy_is_trained() -> None:
@@ -254,7 +278,7 @@ def test_equal_rewards_change_nothing() -> None:
     """No advantage, and at the reference no KL either: the gradient is 0 and plain descent moves no weight."""
     config = make_config(optim={"lr": 0.5, "minibatch": 16})
     learner = make_learner(config)
-    learner.optimizer = torch.optim.SGD(learner.policy.var.parameters(), lr=config.optim.lr)
+    learner.optimizer = torch.optim.SGD(learner.policy.var.parameters(), lr=config.optim.lr, fused=True)
     before = weights(learner.policy.var)
     metrics = train_step(learner, lambda images: given(np.full(len(images), 0.1 + 0.2)), config, 0)
     assert metrics["zero_variance_groups"] == 1.0

@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trainer.models.attention import LayerCache, Scales, SelfAttention, part_ends
+
 OFFICIAL_DEPTHS = (16, 20, 24, 30, 36)
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 NORM_EPS = 1e-6
-MAX_LOG_SCALE = math.log(100.0)  # the learned inverse temperature of normalised attention stays below 100
+COMPILED_SHAPES = 64  # scales × batch sizes, in sampling with and without guidance, and in training
 
 
 @dataclass(frozen=True)
@@ -106,21 +108,6 @@ class Modulation(NamedTuple):
     head_B12C: Tensor
 
 
-class LayerCache(NamedTuple):
-    """Keys and values (B, H, L, c) of one layer, and the positions that the current scale writes."""
-
-    keys_BHLc: Tensor
-    values_BHLc: Tensor
-    start: int
-    stop: int
-
-    def extend(self, keys_BHlc: Tensor, values_BHlc: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the current scale and returns views of all positions up to its end."""
-        self.keys_BHLc[:, :, self.start : self.stop] = keys_BHlc
-        self.values_BHLc[:, :, self.start : self.stop] = values_BHlc
-        return self.keys_BHLc[:, :, : self.stop], self.values_BHLc[:, :, : self.stop]
-
-
 class Cache(NamedTuple):
     """One sampling run: class embedding, its modulation, and preallocated keys and values of every layer."""
 
@@ -128,51 +115,6 @@ class Cache(NamedTuple):
     modulation: Modulation
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-
-
-class FusedProjection(nn.Linear):
-    """A linear layer without a bias of its own, to which one made elsewhere is given."""
-
-    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(input, self.weight, bias)
-
-
-class SelfAttention(nn.Module):
-    """Multi-head attention; queries and keys may be normalised to the unit sphere. Keys have no bias."""
-
-    zero_k_bias: Tensor
-
-    def __init__(self, width: int, heads: int, l2_norm: bool) -> None:
-        super().__init__()
-        self.heads = heads
-        self.l2_norm = l2_norm
-        if l2_norm:
-            self.scale = 1.0
-            self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
-        else:
-            self.scale = 0.25 / math.sqrt(width // heads)
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        self.register_buffer("zero_k_bias", torch.zeros(width))
-        self.mat_qkv = FusedProjection(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x_BlC: Tensor, mask_11LL: Tensor | None, cache: LayerCache | None) -> Tensor:
-        bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
-        qkv_BlF: Tensor = self.mat_qkv(x_BlC, bias)
-        qkv_Bl3Hc = qkv_BlF.view(*x_BlC.shape[:2], 3, self.heads, -1)
-        q_BHlc, k_BHlc, v_BHlc = qkv_Bl3Hc.permute(2, 0, 3, 1, 4).unbind(0)
-        if self.l2_norm:
-            # In float32 on every device: autocast would do so on some and not on others.
-            scale_1H11 = self.scale_mul_1H11.float().clamp_max(MAX_LOG_SCALE).exp()
-            q_BHlc = (F.normalize(q_BHlc.float(), dim=-1) * scale_1H11).to(v_BHlc.dtype)
-            k_BHlc = F.normalize(k_BHlc.float(), dim=-1).to(v_BHlc.dtype)
-        if cache is not None:
-            k_BHlc, v_BHlc = cache.extend(k_BHlc, v_BHlc)
-        if mask_11LL is not None:
-            mask_11LL = mask_11LL.to(q_BHlc.dtype)
-        out_BHlc = F.scaled_dot_product_attention(q_BHlc, k_BHlc, v_BHlc, attn_mask=mask_11LL, scale=self.scale)
-        return cast(Tensor, self.proj(out_BHlc.transpose(1, 2).flatten(2)))
 
 
 class FeedForward(nn.Module):
@@ -207,11 +149,9 @@ class Block(nn.Module):
             return self.ada_gss + shared_B16C  # d36: a learned offset for each block on one shared projection
         return cast(Tensor, self.ada_lin(cond_BD)).view(-1, 1, 6, cond_BD.shape[-1])
 
-    def forward(
-        self, x_BlC: Tensor, modulation_B16C: Tensor, mask_11LL: Tensor | None, cache: LayerCache | None
-    ) -> Tensor:
+    def forward(self, x_BlC: Tensor, modulation_B16C: Tensor, context: Scales | LayerCache) -> Tensor:
         gain1, gain2, scale1, scale2, shift1, shift2 = modulation_B16C.unbind(2)
-        attended_BlC = self.attn(_norm(x_BlC, scale1, shift1), mask_11LL, cache)
+        attended_BlC = self.attn(_norm(x_BlC, scale1, shift1), context)
         x_BlC = x_BlC + self._drop(attended_BlC * gain1)
         return x_BlC + self._drop(self.ffn(_norm(x_BlC, scale2, shift2)) * gain2)
 
@@ -250,6 +190,8 @@ class VAR(nn.Module):
     Attributes:
         checkpoint_activations: whether a block's activations are computed again in the backward pass, not kept: less
             memory, more time, the same gradients. Off at first; sampling never keeps any.
+        skip_masked: whether attention over all scales leaves out what is masked, which is faster and the same but for
+            rounding. On at first.
 
     Raises:
         ValueError: `drop_path` is out of range.
@@ -264,6 +206,7 @@ class VAR(nn.Module):
             raise ValueError(f"drop_path is {drop_path}; it must be in [0, 1)")
         self.config = config
         self.checkpoint_activations = False
+        self.skip_masked = True
         width, length, sides = config.width, config.length, config.patch_nums
         self.word_embed = nn.Linear(config.latent_channels, width)
         self.class_emb = nn.Embedding(config.num_classes + 1, width)
@@ -309,6 +252,16 @@ class VAR(nn.Module):
                 normal(weight_FC[: 2 * config.width], std=1e-5 * std)
                 normal(weight_FC[2 * config.width :], std=0.5 * std)
 
+    def compile_blocks(self) -> None:
+        """Have `torch.compile` fuse what a block does, from its first call on; nothing changes, but for rounding.
+
+        One graph serves all blocks. There is one for each scale in sampling and for each batch size, and each takes
+        seconds to make. It needs a C++ compiler on a CPU.
+        """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
     def drop_labels(self, labels_B: Tensor, rate: float, generator: torch.Generator) -> Tensor:
         """Labels of which a share is replaced by the unconditional one: for pre-training, and nowhere else.
 
@@ -347,9 +300,10 @@ class VAR(nn.Module):
         x_BLC = torch.cat((first_BlC, later_BLmC.to(first_BlC.dtype)), dim=1)
         x_BLC = x_BLC + self.lvl_embed(self.lvl_1L) + self.pos_1LC
         modulation = self.modulate(cond_BD)
+        scales = Scales(self.attn_bias_for_masking, part_ends(self.config.offsets) if self.skip_masked else None)
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for block, modulation_B16C in zip(self.blocks, modulation.blocks, strict=True):
-            arguments = (x_BLC, modulation_B16C, self.attn_bias_for_masking, None)
+            arguments = (x_BLC, modulation_B16C, scales)
             if recompute:
                 # Only DropPath draws numbers; to save the generator's state makes a GPU wait.
                 draws = bool(block.training and block.drop_path)
@@ -400,7 +354,7 @@ class VAR(nn.Module):
         x_BlC = x_BlC + self.lvl_embed(self.lvl_1L[:, begin:end]) + self.pos_1LC[:, begin:end]
         layers = zip(self.blocks, cache.modulation.blocks, cache.keys, cache.values, strict=True)
         for block, modulation_B16C, keys_BHLc, values_BHLc in layers:
-            x_BlC = block(x_BlC, modulation_B16C, None, LayerCache(keys_BHLc, values_BHLc, begin, end))
+            x_BlC = block(x_BlC, modulation_B16C, LayerCache(keys_BHLc, values_BHLc, begin, end))
         return cast(Tensor, self.head(self.head_nm(x_BlC, cache.modulation.head_B12C)))
 
     def _span(self, scale: int, input_BlC: Tensor | None) -> tuple[int, int]:

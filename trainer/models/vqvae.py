@@ -235,8 +235,8 @@ class VQVAE(nn.Module):
         return self.quantize.encode(self.latents(images_B3hw))
 
     def decode(self, f_hat_BCHW: Tensor) -> Tensor:
-        """Image (B, 3, h, w) in [−1, 1] of a quantized latent map (B, C, H, W)."""
-        return self.reconstruct(f_hat_BCHW).clamp(-1, 1)
+        """Image (B, 3, h, w) in [−1, 1] of a quantized latent map (B, C, H, W); in memory the channels come last."""
+        return self.reconstruct(f_hat_BCHW.contiguous(memory_format=torch.channels_last)).clamp(-1, 1)
 
     def reconstruct(self, f_BCHW: Tensor) -> Tensor:
         """As `decode`, without the clamp that would stop gradients: for pre-training."""
