@@ -10,17 +10,13 @@ took of the cores.
 
 import argparse
 import json
-import platform
-import shutil
 import statistics
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +26,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import machine
 from services.rewards.brightness import Brightness
 from trainer.build import make_learner
 from trainer.config import Config
@@ -41,7 +38,6 @@ from trainer.settings import Ranks
 
 RECIPE = "mini-bright"
 OVERLAPPED, BLOCKING, NO_REFERENCE = "overlapped", "blocking", "overlapped, β = 0"
-ROOT = Path(__file__).parent.parent
 
 
 class Awaited(Future[Scored]):
@@ -229,22 +225,6 @@ def print_table(rows: Sequence[dict[str, Any]], title: str) -> None:
     Console(highlight=False, width=120).print(table)
 
 
-def _commit() -> str:
-    git = shutil.which("git")
-    if git is None:
-        return "unknown"
-    done = subprocess.run([git, "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table, and write the numbers where they are asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overlap", description=__doc__)
@@ -262,9 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rounds = measure(variants, options.steps, 60 * options.minutes)
     rows, images = report(variants), options.labels * variants[0].config.rollout.group_size
     about = {
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "commit": _commit(),
-        "hardware": f"{_processor()}, {torch.get_num_threads()} threads",
+        "date": machine.today(),
+        "commit": machine.commit(),
+        "hardware": f"{machine.processor()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "images": images,
         "chunk": options.chunk,
