@@ -1,0 +1,142 @@
+"""Look at what policies draw: `python -m trainer.sample [NAME=]MODEL … [--compare] [--labels LABELS] [--seeds SEEDS]`.
+
+Writes a grid, or a file for each image, as PNGs that hold their settings.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+
+from trainer.command import Parser, command_line, number, one_of, run_safely
+from trainer.config import ConfigError
+from trainer.sampling import Sampling, add_sampling_options, sampling_of
+from trainer.settings import Ranks
+
+MODULE = "trainer.sample"
+DEFAULT_LABELS = 8  # spread over the labels, where none is named
+MOST_SEEDS = 10_000
+MOST_PIXELS = 100_000_000  # of a grid
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code.
+
+    0: done. 1: failed. 2: wrong settings. 130: interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    console = Console(stderr=True, highlight=False)
+
+    def work() -> None:
+        options = _parser().parse(given)
+        sampling, seeds = sampling_of(options), parse_seeds(options.seeds)
+        _draw_all(options, sampling, seeds, command_line(MODULE, given, Ranks()), console)
+
+    return run_safely(work, console)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog=f"python -m {MODULE}",
+        description="Draw images of labels: the same labels and seeds of each model.",
+        epilog="MODEL is a run's folder, the folder of one of its states, a file of weights (with --vqvae), a "
+        "published name such as FoundationVision/var:var_d16.pth, `miniature`, or `pretrained`: what the first run "
+        "began with.",
+    )
+    parser.add_argument("models", nargs="+", metavar="[NAME=]MODEL", help="a panel of the grid")
+    parser.add_argument("--compare", action="store_true", help="put what the run began with before it: `pretrained`")
+    parser.add_argument("--vqvae", help="tokenizer of files of weights that are of no run: `miniature`, or a file")
+    parser.add_argument("--labels", help=f"by index or name, such as 0-3,ball ({DEFAULT_LABELS} spread over all)")
+    parser.add_argument("--seeds", default="0-3", help="such as 0-3,7 (0-3)")
+    parser.add_argument(
+        "--per-seed", type=number(int, 1, 10**6), default=1, metavar="N", help="images of each label and seed (1)"
+    )
+    add_sampling_options(parser)
+    parser.add_argument("--chunk", type=number(int, 1, 65_536), default=64, help="images drawn at once (64)")
+    parser.add_argument("--device", type=one_of("auto", "cpu", "cuda"), metavar="auto|cpu|cuda", default="auto")
+    parser.add_argument(
+        "--dtype",
+        type=one_of("float32", "bfloat16"),
+        default="float32",
+        metavar="float32|bfloat16",
+        help="of the transformer",
+    )
+    parser.add_argument("--zoom", type=number(int, 1, 64), default=1, help="times that a grid is enlarged (1)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs") / "samples.png", metavar="PATH",
+        help="a .png for one grid, or a folder for a file an image (runs/samples.png)",
+    )  # fmt: skip
+    return parser
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Seeds of a comma-separated list such as `0-3,7`, in its order.
+
+    Raises:
+        ConfigError: it is none, or too long.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) >= 2**31:
+            raise ConfigError(f"--seeds: {part!r} is no seed; write numbers from 0 to {2**31 - 1:,}, such as 0-3,7")
+        count = int(last or first) - int(first) + 1
+        if not 0 < count <= MOST_SEEDS - len(seeds):
+            raise ConfigError(f"--seeds: {part!r} is {count} seeds; give from 1 to {MOST_SEEDS:,} of them")
+        seeds += range(int(first), int(last or first) + 1)
+    return tuple(seeds)
+
+
+def _draw_all(
+    options: argparse.Namespace, sampling: Sampling, seeds: tuple[int, ...], command: str, console: Console
+) -> None:
+    # Only now, for a mistyped option should not wait for torch.
+    from trainer.build import choose_device  # noqa: PLC0415
+    from trainer.contact_sheet import Panel, check_size, save_images, save_sheet  # noqa: PLC0415
+    from trainer.drawing import draw  # noqa: PLC0415
+    from trainer.evaluation import spread_labels  # noqa: PLC0415
+    from trainer.labels import label_names, parse_labels  # noqa: PLC0415
+    from trainer.policy_loading import load_policy  # noqa: PLC0415
+    from trainer.policy_sources import PRETRAINED, find_sources  # noqa: PLC0415
+
+    models = [*([PRETRAINED] if options.compare else []), *options.models]
+    sources = find_sources(models, options.vqvae)
+    device = choose_device(options.device)
+    panels: list[Panel] = []
+    for source in sources:
+        policy = load_policy(source, device, options.dtype)
+        count, names = policy.var.config.num_classes, label_names(source.world)
+        names = names if len(names) == count else ()
+        if options.labels:
+            labels = parse_labels(options.labels, count, names, "--labels")
+        else:
+            labels = tuple(spread_labels(min(DEFAULT_LABELS, count), tuple(range(count))).tolist())
+        per_label = len(seeds) * int(options.per_seed)
+        side = policy.vqvae.config.image_size
+        check_size(len(labels), per_label * len(sources), side * int(options.zoom), MOST_PIXELS)
+        keys = [(label, seed, index) for label in labels for seed in seeds for index in range(int(options.per_seed))]
+        images = [
+            draw(policy, [k[0] for k in part], [k[2] for k in part], sampling, seeds=[k[1] for k in part])
+            for part in (keys[first : first + int(options.chunk)] for first in range(0, len(keys), int(options.chunk)))
+        ]
+        if panels and (images[0].shape[1] != panels[0].images_BHW3.shape[1] or len(keys) != len(panels[0].keys)):
+            raise ConfigError(f"{source.name} and {panels[0].name} have other labels or sizes: draw them one by one")
+        about = {"model": str(source.state or source.var), "vqvae": source.vqvae, "weights": policy.digest()}
+        rows = tuple(names[label] if names else str(label) for label in labels)
+        panels.append(Panel(source.name, np.concatenate(images), tuple(keys), rows, about))
+    settings = {"command": command, "sampling": sampling.to_dict(), "dtype": options.dtype, "device": device.type}
+    if options.out.suffix.lower() == ".png":
+        save_sheet(options.out, panels, settings, zoom=int(options.zoom))
+    else:
+        save_images(options.out, panels, settings)
+    said = json.dumps([panel.about["weights"][:12] for panel in panels])
+    console.print(escape(f"{options.out}   {sampling}   weights {said}"), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
