@@ -5,16 +5,43 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export PYTHONUNBUFFERED := 1
 
-.PHONY: run test test-slow drill lint format lock clean
+.PHONY: run test test-slow test-compose test-k8s images drill bench bench-peers lint format lock clean
 
 run: $(VENV)/.ready
 	$(BIN)/python -m trainer.run
 
-test: $(VENV)/.ready
+test: $(VENV)/.ready .cache/checkov/.ready
 	$(BIN)/python -m pytest -q -m "not slow and not drill and not gpu"
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -m "(slow or drill) and not gpu"
+
+# The real thing, where there is a container engine.
+test-compose: $(VENV)/.ready
+	$(BIN)/python -m pytest -q tests/deploy/compose_run.py
+
+test-k8s: $(VENV)/.ready
+	$(BIN)/python -m tests.deploy.k8s_play
+
+# bake and not `compose build`: the labels of that would make any container of these images one of the project's.
+images:
+	docker buildx bake -f docker-compose.yml
+
+# What the machine at hand can measure; alone on it, or the seconds mean little. benchmarks/README.md has the tables.
+bench: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.train_step --model mini
+	$(BIN)/python -m benchmarks.step_ratios
+	$(BIN)/python -m benchmarks.overlap
+	$(BIN)/python -m benchmarks.idle_latency
+	$(BIN)/python -m benchmarks.serving
+
+# The environments that benchmarks.serving compares with; several GB, because each has a torch.
+bench-peers: $(VENV)/.ready
+	for peer in litserve bentoml rayserve; do \
+		$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python .cache/peers/$$peer && \
+		$(BIN)/uv pip install --quiet --python .cache/peers/$$peer/bin/python -r benchmarks/peers/$$peer/requirements.txt \
+			|| exit 1; \
+	done
 
 # The long form of what tests/drills and tests/fuzz do in a minute each; about a quarter of an hour.
 drill: $(VENV)/.ready
@@ -38,9 +65,17 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock
 	touch $@
 
+# checkov wants other versions of packages that we use: an environment of its own.
+.cache/checkov/.ready: tests/deploy/checkov.lock $(VENV)/.ready
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .cache/checkov
+	$(BIN)/uv pip install --quiet --python .cache/checkov/bin/python --require-hashes -r tests/deploy/checkov.lock
+	touch $@
+
 lock: $(VENV)/.ready
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras --no-emit-index-url \
 		pyproject.toml --output-file requirements.lock
+	echo checkov==3.3.30 | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+		--no-annotate --no-header --no-emit-index-url - --output-file tests/deploy/checkov.lock
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache

@@ -5,6 +5,7 @@ Every variable begins with `REWARD_`, but for `REDIS_URL`, which others share.
 
 import os
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, Self
 from urllib.parse import urlsplit
@@ -16,6 +17,7 @@ from services.protocol import Limits
 from services.rewards.options import STANDARD, Device, Precision, RewardOptions, Runtime
 from services.rewards.sources import parse_source
 
+PREFIX = "REWARD_"
 DEFAULTS = RewardOptions()
 
 
@@ -27,7 +29,7 @@ class Settings(BaseSettings):
     """What a service may be told; the defaults suit one machine."""
 
     model_config = SettingsConfigDict(
-        env_prefix="REWARD_", env_ignore_empty=True, frozen=True, populate_by_name=True, extra="ignore"
+        env_prefix=PREFIX, env_ignore_empty=True, frozen=True, populate_by_name=True, extra="ignore"
     )
 
     redis_url: str | None = Field(
@@ -51,6 +53,9 @@ class Settings(BaseSettings):
         default=600, ge=1, description="how long an Idempotency-Key brings the same answer back"
     )
 
+    shared_memory: bool = Field(
+        default=False, description="whether pixels reach workers of the API's own host without Redis; `serve` sets it"
+    )
     job_images: int = Field(default=16, ge=1, description="images in one job")
     job_bytes: int = Field(default=4 * 2**20, ge=1, description="bytes of pixels in one job of several images")
     queue_images: int = Field(default=2048, ge=1, description="images that may wait or be in work; beyond it 429")
@@ -112,8 +117,13 @@ class Settings(BaseSettings):
 
     @property
     def images_per_job(self) -> int:
-        """Images in one job: no more than one forward pass may hold."""
-        return min(self.job_images, self.max_batch)
+        """Images in one job: no more than one forward pass may hold, and all of those where memory is shared."""
+        return self.max_batch if self.shared_memory else min(self.job_images, self.max_batch)
+
+    @property
+    def bytes_per_job(self) -> int:
+        """Bytes of pixels in one job: bounded for the sake of Redis, where they go through it."""
+        return self.max_body_bytes if self.shared_memory else self.job_bytes
 
     @field_validator("clip_weights", "aesthetic_weights", "aesthetic_head")
     @classmethod
@@ -157,8 +167,30 @@ class Settings(BaseSettings):
 
 
 def environment_of_children(redis_url: str) -> dict[str, str]:
-    """The environment for processes of ours that shall use this Redis; no list of processes shows its password."""
-    return {**os.environ, "REDIS_URL": redis_url}
+    """The environment for processes of ours, on this host, that shall use this Redis.
+
+    No list of processes shows its password.
+    """
+    return {f"{PREFIX}SHARED_MEMORY": "true", **os.environ, "REDIS_URL": redis_url}
+
+
+def variables() -> list[str]:
+    """The names of all variables, in the order of the settings."""
+    return ["REDIS_URL" if name == "redis_url" else f"{PREFIX}{name}".upper() for name in Settings.model_fields]
+
+
+def _refuse_unknown() -> None:
+    """A mistyped variable would be a setting that is silently not made.
+
+    Raises:
+        SettingsError: there is one.
+    """
+    known = [name for name in variables() if name.startswith(PREFIX)]
+    for name in sorted(os.environ):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            close = get_close_matches(name.upper(), known, n=1)
+            meant = f"did you mean {close[0]}?" if close else "docs/settings.md has all there are"
+            raise SettingsError(f"{name}: the services have no such setting: correct or unset it; {meant}")
 
 
 def load_settings(*, redis_url: str | None = None) -> Settings:
@@ -171,14 +203,15 @@ def load_settings(*, redis_url: str | None = None) -> Settings:
         The validated settings.
 
     Raises:
-        SettingsError: a variable is out of range; the message names the first one in one line.
+        SettingsError: a variable is unknown or out of range; the message names the first one in one line.
     """
+    _refuse_unknown()
     try:
         return Settings() if redis_url is None else Settings(redis_url=redis_url)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field, words = str(first["loc"][0]) if first["loc"] else "", first["msg"].removeprefix("Value error, ")
-        name = "REDIS_URL" if field.lower() == "redis_url" else f"REWARD_{field}".upper()
+        name = "REDIS_URL" if field.lower() == "redis_url" else f"{PREFIX}{field}".upper()
         raise SettingsError(f"{name}: {words}" if field else words) from None
 
 

@@ -258,7 +258,7 @@ class RunConfig(_Section):
     grid_every: Annotated[int, Field(ge=0)] = 0
     score_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     resume: Literal["never", "auto"] = "never"
-    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    loggers: tuple[Literal["tensorboard", "prometheus", "wandb"], ...] = ("tensorboard",)
 
 
 class Config(_Section):

@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides its file: TensorBoard, Weights & Biases, or whatever else has this interface."""
+"""Where a run's numbers go besides its file: TensorBoard, Prometheus, Weights & Biases, or what else is made alike."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch.utils.tensorboard import SummaryWriter
 
 from trainer.config import ConfigError
+from trainer.prometheus import Prometheus, check_address
 
 
 class Logger(Protocol):
@@ -68,16 +69,19 @@ class WeightsAndBiases:
 
 LOGGERS: dict[str, Callable[[Path, Mapping[str, Any], int], Logger]] = {
     "tensorboard": TensorBoard,
+    "prometheus": Prometheus,
     "wandb": WeightsAndBiases,
 }
 """By their names in `run.loggers`: from a run's folder, its settings and the steps that are done."""
 
 
 def check(names: Sequence[str]) -> None:
-    """Find before any work that a logger is missing.
+    """Find before any work that a logger cannot be had.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: it is not installed, or cannot listen where it is told to.
     """
+    if "prometheus" in names:
+        check_address()
     if "wandb" in names and find_spec("wandb") is None:
         raise ConfigError("run.loggers has wandb, which is not installed: pip install wandb")

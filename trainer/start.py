@@ -23,7 +23,7 @@ from trainer.run_folder import STATES, check_settings, describe, hold, open_fold
 from trainer.run_state import restore
 from trainer.scoring import Scorer
 from trainer.session import Session, Start
-from trainer.settings import Ranks, Settings
+from trainer.settings import Ranks, load_settings
 
 READY_S = 30.0
 SPARE_S = 6 * 3600.0
@@ -45,6 +45,7 @@ def train(config: Config, start: Start, console: Console) -> Path:
         FloatingPointError, OSError: with a message of one line; services that the run started are stopped first.
     """
     ranks = Ranks()
+    load_settings()  # a wrong variable ends it here, before any work
     config.check_ranks(ranks.world_size)
     loggers.check(config.run.loggers)
     device = choose_device(config.run.device, ranks.local_rank)
@@ -134,7 +135,7 @@ def _open_scorers(
             urls,
             timeout_s=timeout_s,
             ready_timeout_s=min(timeout_s, READY_S),
-            token=Settings().token,
+            token=load_settings().token,
             models=models,
         )
         services.when_dead(scorer.abort)

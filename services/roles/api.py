@@ -5,7 +5,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from types import FrameType
 from typing import Any
 
@@ -17,6 +17,7 @@ from services.batching.submit import SubmitQueue
 from services.http.connection import patient_protocol
 from services.processes import EXIT_INTERRUPTED, StartError, announce, return_freed_memory, url_of
 from services.rewards import create_reward
+from services.roles.contact import reach
 from services.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -41,15 +42,15 @@ def run_api(name: str, listener: socket.socket, redis_url: str, settings: Settin
 
     Raises:
         services.rewards.UnknownReward: there is no such reward.
-        StartError: the application does not start.
+        StartError: the application does not start, or Redis was never reached or lets it not in.
     """
     return_freed_memory()
     reward = create_reward(name, settings.reward_options)
+    keys = Keys(reward.name, reward.version)
 
     @contextlib.asynccontextmanager
     async def open_queue() -> AsyncIterator[SubmitQueue]:
         redis = connect(redis_url, timeout_s=settings.redis_timeout_s)
-        keys = Keys(reward.name, reward.version)
         queue = SubmitQueue(
             redis,
             keys,
@@ -90,13 +91,29 @@ def run_api(name: str, listener: socket.socket, redis_url: str, settings: Settin
         signal.signal(number, lambda sig, _: received.append(sig))
     url = url_of(listener)  # now: uvicorn closes the socket when it stops
     ready: dict[str, Any] = {"rewards": {name: url}, "serves": f"{reward.name} {reward.version}"}
-    asyncio.run(_run_server(Server(config), listener, received, ready, announces=announces))
+    patience = {"timeout_s": settings.redis_timeout_s, "patience_s": settings.redis_patience_s}
+    contact = reach(redis_url, keys.alive, **patience)
+    asyncio.run(_run_server(Server(config), listener, received, ready, contact, announces=announces))
     return EXIT_INTERRUPTED if signal.SIGINT in received else 0
 
 
 async def _run_server(
-    server: uvicorn.Server, listener: socket.socket, received: list[int], ready: dict[str, Any], *, announces: bool
+    server: uvicorn.Server,
+    listener: socket.socket,
+    received: list[int],
+    ready: dict[str, Any],
+    contact: Coroutine[Any, Any, None],
+    *,
+    announces: bool,
 ) -> None:
+    """Serve until told to stop, or until it is known that Redis will not be reached; meanwhile, 503 is answered."""
+    contacting = asyncio.create_task(contact)
+
+    def stop_if_failed(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            server.should_exit = True
+
+    contacting.add_done_callback(stop_if_failed)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
         server.should_exit = server.should_exit or bool(received)
@@ -106,5 +123,8 @@ async def _run_server(
         if announces:
             announce(ready)
     await serving
+    if contacting.done():
+        await contacting  # raises what ended the server
+    contacting.cancel()
     if not server.started and not received:
         raise StartError("the application did not start: see the log")

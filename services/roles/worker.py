@@ -17,12 +17,15 @@ from services.processes import EXIT_INTERRUPTED, StartError, announce, describe,
 from services.rewards import create_reward
 from services.rewards.base import Reward
 from services.rewards.sources import WeightsError
+from services.roles.contact import check_access
 from services.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 EXIT_HUNG = 70
 STDERR = 2
+VARIABLES = {"clip": "REWARD_CLIP_WEIGHTS", "aesthetic": "REWARD_AESTHETIC_WEIGHTS, REWARD_AESTHETIC_HEAD"}
+"""What names the weights of the rewards that are told theirs."""
 STUCK_AFTER_S = 5.0
 """How long after its time limit a forward pass, which then holds up even this process's event loop, ends it."""
 
@@ -41,7 +44,7 @@ def run_worker(name: str, redis_url: str, settings: Settings, *, announces: bool
 
     Raises:
         services.rewards.UnknownReward: there is no such reward.
-        StartError: Redis stayed away.
+        StartError: Redis stayed away or lets it not in, or the reward cannot be loaded.
     """
     return asyncio.run(
         _work(create_reward(name, settings.reward_options), name, redis_url, settings, announces=announces)
@@ -65,7 +68,8 @@ async def _work(reward: Reward, name: str, redis_url: str, settings: Settings, *
     stop = asyncio.Event()
     received = stop_on_signals(stop, (signal.SIGTERM, signal.SIGINT))
     redis = connect(redis_url, timeout_s=settings.redis_timeout_s)
-    queue = WorkQueue(redis, Keys(reward.name, reward.version), consumer=uuid.uuid4().hex, lease_ms=settings.lease_ms)
+    keys = Keys(reward.name, reward.version)
+    queue = WorkQueue(redis, keys, consumer=uuid.uuid4().hex, lease_ms=settings.lease_ms)
     worker = Worker(
         queue,
         reward,
@@ -87,6 +91,8 @@ async def _work(reward: Reward, name: str, redis_url: str, settings: Settings, *
             announce({"worker": name})
 
     try:
+        with contextlib.suppress(RedisError, OSError):  # one that is away may come back
+            await check_access(redis, redis_url, keys.alive)
         if await _warm_up(worker, queue, name, stop):
             await worker.run(stop, on_ready=on_ready)
     except ScorerHung as error:
@@ -94,7 +100,7 @@ async def _work(reward: Reward, name: str, redis_url: str, settings: Settings, *
         logging.shutdown()
         os._exit(EXIT_HUNG)
     except QueueGone as error:
-        raise StartError(f"{error}: check that Redis runs and REDIS_URL names it") from error
+        raise StartError(f"REDIS_URL: {error}: check that Redis runs and REDIS_URL names it") from error
     finally:
         await redis.aclose()
     code = EXIT_INTERRUPTED if signal.SIGINT in received else 0
@@ -118,9 +124,11 @@ async def _warm_up(worker: Worker, queue: WorkQueue, name: str, stop: asyncio.Ev
     try:
         await warming
     except Exception as error:
-        logger.info("the reward cannot be loaded", exc_info=True)
         is_ours = isinstance(error, WeightsError)
+        logger.info("the reward cannot be loaded", exc_info=not is_ours)  # ours says all in its line
         reason = f"reward {name!r} cannot be loaded: {error if is_ours else describe(error)}"
+        if is_ours and name in VARIABLES:
+            reason = f"{VARIABLES[name]}: {reason}"
         # Anyone may read what an API tells; the words of a stranger's error may hold an address with its password.
         await _note_start(queue, reason if is_ours else f"{type(error).__name__}, see the worker's log")
         raise StartError(reason) from error

@@ -136,7 +136,7 @@ def test_readiness_tells_why_the_worker_could_not_start(start: Start, redis_url:
     worker = start("worker", "clip", **environment)
     assert worker.wait() == 1
     last = worker.errors().splitlines()[-1]
-    assert last.startswith("error: reward 'clip' cannot be loaded:")
+    assert last.startswith("error: REWARD_CLIP_WEIGHTS: reward 'clip' cannot be loaded:")
     assert f"weights {weights}: the file does not exist" in last
     answer = httpx.get(f"{url}/readyz", trust_env=False)
     assert answer.status_code == 503
@@ -175,5 +175,44 @@ def test_a_worker_that_redis_has_left_ends_in_one_line(start: Start) -> None:
     worker = start("worker", "brightness", REDIS_URL="unix:///nonexistent/redis.sock", REWARD_REDIS_PATIENCE_S="0.5")
     assert worker.wait() == 1
     last = worker.errors().splitlines()[-1]
-    assert last.startswith("error: Redis is away for")
+    assert last.startswith("error: REDIS_URL: Redis is away for")
     assert last.endswith("check that Redis runs and REDIS_URL names it")
+
+
+def test_an_api_that_never_reaches_redis_ends_in_one_line(start: Start) -> None:
+    """After its patience: a wrong address must not look like a service that is about to be ready."""
+    api = start("api", "brightness", "--port", "0", REDIS_URL="redis://127.0.0.1:1/0", REWARD_REDIS_PATIENCE_S="0.5")
+    assert api.wait() == 1
+    last = api.errors().splitlines()[-1]
+    assert last.startswith("error: REDIS_URL: Redis at 127.0.0.1:1 has not answered for 0.5 s")
+    assert last.endswith("check that it runs and REDIS_URL names it")
+
+
+@pytest.mark.parametrize("credentials", ["", "reward:sesame"])
+@pytest.mark.parametrize("role", [("api", "brightness", "--port", "0"), ("worker", "brightness")])
+def test_a_wrong_password_ends_each_role_in_one_line(start: Start, role: tuple[str, ...], credentials: str) -> None:
+    """At once, for waiting does not mend it; the line names the variable, and does not repeat the password."""
+    with RedisServer() as server:
+        with Redis.from_url(server.url) as redis:
+            redis.acl_setuser("reward", enabled=True, passwords=["+open"], keys=["reward:*"], categories=["+@all"])
+            redis.acl_setuser("default", enabled=False)
+        place = server.url.removeprefix("unix://")
+        process = start(*role, REDIS_URL=f"unix://{credentials}@{place}" if credentials else server.url)
+        assert process.wait() == 1
+    last = process.errors().splitlines()[-1]
+    assert last.startswith(f"error: REDIS_URL: Redis at {place} refuses the user or the password")
+    assert "sesame" not in process.errors()
+
+
+def test_an_unknown_variable_ends_each_role_in_one_line(start: Start, redis_url: str) -> None:
+    """A mistyped setting is not a setting that is silently not made."""
+    for role in (
+        ("api", "brightness", "--port", "0"),
+        ("worker", "brightness"),
+        ("serve", "brightness", "--port", "0"),
+    ):
+        process = start(*role, REDIS_URL=redis_url, REWARD_MAX_BACH="8")
+        assert process.wait() == 1
+        (line,) = process.errors().splitlines()
+        assert line.startswith("error: REWARD_MAX_BACH: the services have no such setting")
+        assert line.endswith("did you mean REWARD_MAX_BATCH?")
