@@ -85,10 +85,17 @@ class Batch:
     Attributes:
         images_HWC: one uint8 array (H, W, 3) for each image; they may be read-only views of the body.
         prompts: one prompt for each image, or None.
+        whole_BHWC: the same images as one array, where they lie in memory like that; else None.
     """
 
     images_HWC: Sequence[NDArray[np.uint8]]
     prompts: Sequence[str] | None
+    whole_BHWC: ImagesBHWC | None = None
+
+    def part(self, which: slice) -> "Batch":
+        """Some of the images, with their prompts."""
+        prompts = None if self.prompts is None else self.prompts[which]
+        return Batch(self.images_HWC[which], prompts, None if self.whole_BHWC is None else self.whole_BHWC[which])
 
 
 def check_images(images_BHWC: ImagesBHWC, prompts: Sequence[str] | None = None) -> None:
@@ -129,17 +136,20 @@ def encode_batch(images_BHWC: ImagesBHWC, prompts: Sequence[str] | None = None) 
     Source: the safetensors format, https://huggingface.co/docs/safetensors.
     """
     check_images(images_BHWC, prompts)
-    header: dict[str, Any] = {
-        TENSOR_NAME: {"dtype": "U8", "shape": list(images_BHWC.shape), "data_offsets": [0, images_BHWC.nbytes]}
-    }
+    return b"".join((batch_head(images_BHWC.shape, prompts), np.ascontiguousarray(images_BHWC).data))
+
+
+def batch_head(shape: Sequence[int], prompts: Sequence[str] | None) -> bytes:
+    """What a safetensors file holds before the pixels of images of this shape, (B, H, W, 3)."""
+    header: dict[str, Any] = {TENSOR_NAME: {"dtype": "U8", "shape": list(shape), "data_offsets": [0, math.prod(shape)]}}
     if prompts is not None:
         header["__metadata__"] = {PROMPTS_KEY: json.dumps(list(prompts))}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
-    return b"".join((HEADER_LENGTH.pack(len(text)), text, np.ascontiguousarray(images_BHWC).data))
+    return HEADER_LENGTH.pack(len(text)) + text
 
 
-def decode_batch(body: bytes | bytearray, limits: Limits) -> Batch:
+def decode_batch(body: bytes | bytearray | memoryview, limits: Limits) -> Batch:
     """Read a batch from safetensors without copying its pixels.
 
     Args:
@@ -176,7 +186,8 @@ def decode_batch(body: bytes | bytearray, limits: Limits) -> Batch:
             f"images of {shape[1]}×{shape[2]} exceed the limit of {limits.max_pixels} pixels: send smaller ones"
         )
     images_BHWC = np.frombuffer(data, dtype=np.uint8).reshape(shape)
-    return Batch(list(images_BHWC), _read_prompts(metadata.get(PROMPTS_KEY), shape[0], limits))
+    prompts = _read_prompts(metadata.get(PROMPTS_KEY), shape[0], limits)
+    return Batch(list(images_BHWC), prompts, images_BHWC)
 
 
 def decode_json(body: bytes | bytearray, limits: Limits) -> Batch:

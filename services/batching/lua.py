@@ -102,6 +102,33 @@ return ids
 """
 )
 
+SUBMIT = (
+    _PRELUDE
+    + """
+-- KEYS jobs uploads load; ARGV images bytes limit_images limit_bytes ttl_ms deadline_in_ms reply_key alive_ms request,
+-- then uid images bytes shared for each job. ADMIT and ENQUEUE in one step, for payloads that lie in shared memory.
+-- Returns {1, id…} if admitted, else {0, images, bytes that are there}.
+if redis.call('EXISTS', KEYS[3]) == 0 then recount(KEYS[1], KEYS[2], KEYS[3], ARGV[5]) end
+local images = tonumber(redis.call('HGET', KEYS[3], 'images'))
+local bytes = tonumber(redis.call('HGET', KEYS[3], 'bytes'))
+if images + ARGV[1] > tonumber(ARGV[3]) or bytes + ARGV[2] > tonumber(ARGV[4]) then return {0, images, bytes} end
+redis.call('HINCRBY', KEYS[3], 'images', ARGV[1])
+redis.call('HINCRBY', KEYS[3], 'bytes', ARGV[2])
+redis.call('PEXPIRE', KEYS[3], ARGV[5])
+redis.call('SET', ARGV[7] .. '"""
+    + ALIVE
+    + """', '1', 'PX', ARGV[8])
+local now = now_ms()
+local answer = {1}
+for k = 10, #ARGV, 4 do
+  answer[#answer + 1] = redis.call('XADD', KEYS[1], '*', 'uid', ARGV[k], 'images', ARGV[k + 1], 'bytes', ARGV[k + 2],
+    'reply', ARGV[7], 'request', ARGV[9], 'shared', ARGV[k + 3],
+    'submitted', string.format('%.0f', now), 'deadline', string.format('%.0f', now + ARGV[6]))
+end
+return answer
+"""
+)
+
 FINISH = (
     _PRELUDE
     + """

@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -18,6 +18,8 @@ from redis.commands.core import AsyncScript
 from redis.exceptions import BusyLoadingError, ConnectionError, ResponseError, TimeoutError
 
 from services.batching import lua
+from services.batching.calls import Calls
+from services.batching.shared import MappedAreas
 from services.batching.survey import BATCH_BOUNDS
 
 GROUP = "workers"
@@ -145,6 +147,7 @@ class Delivery:
         request: the request's name in the logs.
         submitted_ms, deadline_ms: by Redis's clock, since the epoch.
         deliveries: how often it was delivered, this one included.
+        shared: what its payload is found by in shared memory; empty where it lies in Redis.
     """
 
     entry: bytes
@@ -156,6 +159,7 @@ class Delivery:
     submitted_ms: int
     deadline_ms: int
     deliveries: int
+    shared: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,12 +201,14 @@ class Loaded:
     """What Redis holds of a delivered job.
 
     Attributes:
-        payload: pixels and prompts as safetensors; None if they are gone.
+        payload: pixels and prompts as safetensors; None if they are gone, or cannot be read from here.
         wanted: whether the API that submitted it still lives.
+        part: which of the payload's images are the job's.
     """
 
-    payload: bytes | None
+    payload: bytes | memoryview | None
     wanted: bool
+    part: slice = field(default_factory=lambda: slice(None))
 
 
 async def tidy(script: AsyncScript, keys: Keys) -> None:
@@ -228,8 +234,9 @@ class WorkQueue:
         self._redis = redis
         self._keys = keys
         self._consumer = consumer
+        self._areas = MappedAreas()
         self._lease_ms = lease_ms
-        self._finish = redis.register_script(lua.FINISH)
+        self._finish = Calls(redis, lua.FINISH)
         self._renew = redis.register_script(lua.RENEW)
         self._take_over = redis.register_script(lua.TAKE_OVER)
         self._hand_back = redis.register_script(lua.HAND_BACK)
@@ -276,13 +283,26 @@ class WorkQueue:
 
     async def load(self, deliveries: Sequence[Delivery]) -> tuple[int, list[Loaded]]:
         """Fetch Redis's time in ms, and what has become of each job meanwhile."""
+        stored = [delivery.uid for delivery in deliveries if not delivery.shared]
+        owners = list(dict.fromkeys(delivery.reply for delivery in deliveries))
         pipe = self._redis.pipeline(transaction=False)
         pipe.time()
-        for delivery in deliveries:
-            pipe.get(self._keys.payload(delivery.uid))
-            pipe.exists(delivery.reply + lua.ALIVE)
+        for uid in stored:
+            pipe.get(self._keys.payload(uid))
+        for owner in owners:
+            pipe.exists(owner + lua.ALIVE)
         (seconds, micros), *rest = await pipe.execute()
-        loaded = [Loaded(payload, bool(wanted)) for payload, wanted in zip(rest[::2], rest[1::2], strict=True)]
+        payloads = dict(zip(stored, rest, strict=False))
+        wanted = dict(zip(owners, rest[len(stored) :], strict=True))
+        loaded = []
+        for delivery in deliveries:
+            is_wanted = bool(wanted[delivery.reply])
+            if not delivery.shared:
+                loaded.append(Loaded(payloads[delivery.uid], is_wanted))
+            elif found := self._areas.find(delivery.shared):
+                loaded.append(Loaded(found[0], is_wanted, slice(*found[1:])))
+            else:
+                loaded.append(Loaded(None, is_wanted))
         return seconds * 1000 + micros // 1000, loaded
 
     async def renew(self, deliveries: Sequence[Delivery]) -> int:
@@ -293,7 +313,10 @@ class WorkQueue:
         return int(await self._renew(keys=[self._keys.jobs, self._keys.events], args=[GROUP, self._consumer, *entries]))
 
     async def reply(self, delivery: Delivery, reply: Reply) -> bool:
-        """Reply to a job and remove it; False if another already did, in which case nothing happens."""
+        """Reply to a job and remove it; False if another already did, in which case nothing happens.
+
+        Replies that are given at the same time travel together.
+        """
         return await self._settle(delivery, reply, dead=[])
 
     async def bury(self, delivery: Delivery, reason: str) -> bool:
@@ -327,6 +350,7 @@ class WorkQueue:
 
     async def tidy(self) -> None:
         """Drop the jobs that nobody waits for, and count the load anew, should it ever have drifted."""
+        self._areas.forget_gone()
         await tidy(self._tidy, self._keys)
 
     async def count_batches(self, sizes: Sequence[int]) -> None:
@@ -373,4 +397,5 @@ def _delivery(entry: bytes, fields: Mapping[bytes, bytes], deliveries: int) -> D
         submitted_ms=int(fields[b"submitted"]),
         deadline_ms=int(fields[b"deadline"]),
         deliveries=deliveries,
+        shared=fields.get(b"shared", b"").decode(),
     )

@@ -19,7 +19,9 @@ from redis.exceptions import RedisError
 
 from services.batching import lua
 from services.batching.answers import Answers
+from services.batching.calls import Calls
 from services.batching.errors import DeadlinePassed, QueueAway, QueueFull, ScoringFailed
+from services.batching.shared import Area
 from services.batching.streams import GROUP, KEY_TTL_MS, QUEUE_GONE, Keys, Reply, end, say_alive, tidy
 from services.batching.survey import Events, Survey
 from services.images import Batch, encode_batch
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 READ_BLOCK_MS = 1000
 RECONNECT_S = 0.1
+SHARE_AGAIN_S = 60.0
+"""How long payloads go through Redis after one that was shared could not be read."""
 CLEAN_UP_S = 0.5
 """How long a request waits for its own cleaning up."""
 
@@ -37,12 +41,14 @@ class Job:
     """Consecutive images of one request, all of one size.
 
     Attributes:
-        images_BHWC: uint8 (B, H, W, 3).
+        images_BHWC: uint8 (B, H, W, 3); perhaps a view of the request's body.
         prompts: one for each image, or None.
+        shared: what a worker of this host finds both by in shared memory; empty where they are not there.
     """
 
     images_BHWC: NDArray[np.uint8]
     prompts: Sequence[str] | None
+    shared: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -57,7 +63,8 @@ class _Submitted:
         reply: what is awaited.
         entry: id of its entry in the stream; None until it is there.
         is_sent: whether Redis may hold anything of it.
-        lost: whether a worker has said that Redis lost its images.
+        lost: whether a worker has said that it cannot get at the images.
+        is_shared: whether a worker is to find the images in shared memory, not in Redis.
     """
 
     uid: str
@@ -68,6 +75,7 @@ class _Submitted:
     entry: bytes | None = None
     is_sent: bool = False
     lost: bool = False
+    is_shared: bool = False
 
     @property
     def images(self) -> int:
@@ -82,13 +90,17 @@ class _Submitted:
         return max(1, int(1000 * (self.gives_up_s - asyncio.get_running_loop().time())))
 
 
-def split_batch(batch: Batch, *, job_images: int, job_bytes: int) -> list[Job]:
+def split_batch(
+    batch: Batch, *, job_images: int, job_bytes: int, area: Area | None = None, body_bytes: int = 0
+) -> list[Job]:
     """Cut a batch into jobs that keep its order.
 
     Args:
         batch: the images of a request, of any mix of sizes.
         job_images: most images in a job.
         job_bytes: most bytes of pixels in a job of more than one image.
+        area: where the whole batch lies as a safetensors file, if it does.
+        body_bytes: the size of that file.
 
     Returns:
         The jobs; laid end to end they are the batch.
@@ -103,7 +115,10 @@ def split_batch(batch: Batch, *, job_images: int, job_bytes: int) -> list[Job]:
         while stop < min(count, start + most) and batch.images_HWC[stop].shape == first.shape:
             stop += 1
         prompts = None if batch.prompts is None else batch.prompts[start:stop]
-        jobs.append(Job(np.stack(batch.images_HWC[start:stop]), prompts))
+        whole_BHWC = batch.whole_BHWC
+        images_BHWC = np.stack(batch.images_HWC[start:stop]) if whole_BHWC is None else whole_BHWC[start:stop]
+        shared = "" if area is None else area.reference(body_bytes, start, stop)
+        jobs.append(Job(images_BHWC, prompts, shared))
         start = stop
     return jobs
 
@@ -130,6 +145,7 @@ class SubmitQueue:
             lease_ms: silence after which a worker's jobs are taken over, and an API's are dropped.
             answer_ttl_s: how long the answer to an idempotency key is kept, in seconds.
         """
+        self._no_sharing_until_s = 0.0
         self._redis = redis
         self._keys = keys
         self._queue_images = queue_images
@@ -147,6 +163,7 @@ class SubmitQueue:
         self._admit = redis.register_script(lua.ADMIT)
         self._withdraw = redis.register_script(lua.WITHDRAW)
         self._enqueue = redis.register_script(lua.ENQUEUE)
+        self._submissions = Calls(redis, lua.SUBMIT)
         self._drop_job = redis.register_script(lua.DROP)
         self._tidy = redis.register_script(lua.TIDY)
         self._survey = redis.register_script(lua.SURVEY)
@@ -236,7 +253,10 @@ class SubmitQueue:
         self._submitted.update((job.uid, job) for job in submitted)
         try:
             async with asyncio.timeout_at(gives_up_s):
-                await self._submit(name, submitted)
+                if all(job.content.shared for job in submitted) and loop.time() >= self._no_sharing_until_s:
+                    await self._submit_shared(submitted)
+                else:
+                    await self._submit(name, submitted)
                 return await _collect(submitted)
         except TimeoutError:
             why = f" ({self._away})" if self._away else ""
@@ -249,6 +269,46 @@ class SubmitQueue:
             if left := [job for job in submitted if job.is_sent and not job.reply.done()]:
                 await self._clean_up(self._drop(left))
 
+    async def _submit_shared(self, submitted: Sequence[_Submitted]) -> None:
+        """Put all jobs into the stream at once, if there is room: what is shared needs no upload and no reservation."""
+        for job in submitted:
+            job.is_sent = job.is_shared = True
+        submitting = asyncio.create_task(self._put_shared(submitted))
+        try:
+            await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            await self._clean_up(self._settle(submitting))
+            raise
+
+    @staticmethod
+    async def _settle(task: "asyncio.Task[None]") -> None:
+        with contextlib.suppress(RedisError, OSError, QueueFull):
+            await task
+
+    async def _put_shared(self, submitted: Sequence[_Submitted]) -> None:
+        parts: list[str | int] = []
+        for job in submitted:
+            parts += (job.uid, job.images, job.size_bytes, job.content.shared)
+        images, size_bytes = sum(job.images for job in submitted), sum(job.size_bytes for job in submitted)
+        first = submitted[0]
+        room = [images, size_bytes, self._queue_images, self._queue_bytes, KEY_TTL_MS]
+        owner: list[str | int] = [first.left_ms, self._reply_key, self._alive_ms, first.request]
+        admitted, *said = await self._submissions(
+            keys=[self._keys.jobs, self._keys.uploads, self._keys.load], args=[*room, *owner, *parts]
+        )
+        if not admitted:
+            for job in submitted:
+                job.is_sent = False
+            raise self._full(said[0], said[1], images, size_bytes)
+        for job, entry in zip(submitted, said, strict=True):
+            job.entry = entry
+
+    def _full(self, queued_images: int, queued_bytes: int, images: int, size_bytes: int) -> QueueFull:
+        return QueueFull(
+            f"{queued_images} images ({queued_bytes} bytes) are queued and {images} ({size_bytes} bytes) would "
+            f"exceed the limit of {self._queue_images} images or {self._queue_bytes} bytes: try again later"
+        )
+
     async def _submit(self, name: str, submitted: Sequence[_Submitted]) -> None:
         """Reserve room, upload the payloads, and put all jobs into the stream at once."""
         images, size_bytes = sum(job.images for job in submitted), sum(job.size_bytes for job in submitted)
@@ -258,10 +318,7 @@ class SubmitQueue:
             keys=[self._keys.jobs, self._keys.uploads, self._keys.load], args=[member, images, size_bytes, *limits]
         )
         if not admitted:
-            raise QueueFull(
-                f"{queued_images} images ({queued_bytes} bytes) are queued and {images} ({size_bytes} bytes) would "
-                f"exceed the limit of {self._queue_images} images or {self._queue_bytes} bytes: try again later"
-            )
+            raise self._full(queued_images, queued_bytes, images, size_bytes)
         enqueuing: asyncio.Task[None] | None = None
         try:
             for job in submitted:
@@ -347,6 +404,8 @@ class SubmitQueue:
                 continue
             if reply.lost:
                 job.lost = True
+                if job.is_shared:  # its worker runs elsewhere
+                    self._no_sharing_until_s = asyncio.get_running_loop().time() + SHARE_AGAIN_S
                 self._look_now.set()
             else:
                 job.reply.set_result(reply)
@@ -393,7 +452,8 @@ class SubmitQueue:
                 await self._resubmit(job)
 
     async def _resubmit(self, job: _Submitted) -> None:
-        logger.warning("job submitted again: Redis has lost it", extra={"fields": {"request": job.request}})
+        logger.warning("job submitted again: it or its images were lost", extra={"fields": {"request": job.request}})
+        job.is_shared = False
         await self._upload(job)
         await self._put([job], f"{job.uid}:again", again=True)
         if job.uid not in self._submitted:  # its caller has left meanwhile

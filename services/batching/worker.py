@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 IDLE_BLOCK_MS = 250
 """How long an idle worker waits for a job before it looks whether it shall stop or take over."""
+MOST_AT_ONCE = 16
+"""Jobs taken in one step: should they be larger than those before, no more than these wait here for their turn."""
 STRAGGLER_POLL_S = 0.001
 """How often a worker with an unfinished batch looks for more."""
 WARN_EVERY_S = 10.0
@@ -81,6 +83,11 @@ class _Work:
     queue_ms: float
     reply: Reply | None = field(default=None)
 
+    def images(self) -> NDArray[np.uint8]:
+        """All of its images, uint8 (B, H, W, 3)."""
+        whole_BHWC = self.batch.whole_BHWC
+        return np.stack(self.batch.images_HWC) if whole_BHWC is None else whole_BHWC
+
 
 class Worker:
     """Scores the jobs of one queue with one reward until told to stop."""
@@ -100,6 +107,7 @@ class Worker:
         self._queue = queue
         self._reward = reward
         self._limits = limits
+        self._job_images = limits.job_images  # of the largest job of late: the next are taken for as large
         self._batcher: Batcher[Delivery] = Batcher(max_batch=limits.max_batch, max_wait_s=limits.max_wait_s)
         self._held: dict[bytes, Delivery] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward")
@@ -194,8 +202,10 @@ class Worker:
                     self._took_over_s = now_s
                 continue
             due_s = self._batcher.due_s()
-            count = max(1, self._batcher.room // self._limits.job_images)
+            count = max(1, min(MOST_AT_ONCE, self._batcher.room // self._job_images))
             deliveries = await self._queue.read(count, block_ms=IDLE_BLOCK_MS if due_s is None else None)
+            if deliveries:
+                self._job_images = max(delivery.images for delivery in deliveries)
             for delivery in deliveries:
                 self._hold(delivery, alone=False)
             if due_s is not None and not deliveries:
@@ -237,16 +247,23 @@ class Worker:
                     if len(group) == 1:  # and so the culprit is known
                         await self._try("bury a job", self._queue.bury(group[0].delivery, str(error)))
                     raise
-            for work in works:
-                assert work.reply is not None
-                if not await self._queue.reply(work.delivery, work.reply):
-                    logger.info("reply dropped: withdrawn, or answered by another", extra=_fields(work.delivery))
+            await self._reply(works)
         finally:
             for delivery in deliveries:
                 self._held.pop(delivery.entry, None)
         sizes, self._batch_sizes = self._batch_sizes, []
         if sizes:
             await self._try("count its batches", self._queue.count_batches(sizes))
+
+    async def _reply(self, works: Sequence[_Work]) -> None:
+        """Reply to all at once; where Redis fails one of them, the others are given all the same."""
+        replies = [self._queue.reply(work.delivery, work.reply) for work in works if work.reply is not None]
+        assert len(replies) == len(works)
+        for work, settled in zip(works, await asyncio.gather(*replies, return_exceptions=True), strict=True):
+            if isinstance(settled, BaseException):
+                raise settled
+            if not settled:
+                logger.info("reply dropped: withdrawn, or answered by another", extra=_fields(work.delivery))
 
     async def _load(self, deliveries: Sequence[Delivery]) -> list[_Work]:
         """Fetch what there is to score; reply to the jobs that cannot be, drop those that nobody waits for."""
@@ -261,18 +278,19 @@ class Worker:
                 late = f"the deadline passed after {queue_ms:.0f} ms in the queue: allow more time"
                 await self._queue.reply(delivery, Reply(error=late, expired=True, queue_ms=queue_ms))
             elif loaded.payload is None:
-                lost = "Redis no longer has the images: let it evict nothing (maxmemory-policy noeviction)"
+                lost = "the images are no longer there: let Redis evict nothing (maxmemory-policy noeviction)"
                 await self._queue.reply(delivery, Reply(error=lost, lost=True, queue_ms=queue_ms))
             else:
                 try:
-                    works.append(_Work(delivery, decode_batch(loaded.payload, ANY_SIZE), queue_ms))
+                    works.append(_Work(delivery, decode_batch(loaded.payload, ANY_SIZE).part(loaded.part), queue_ms))
                 except BodyError as error:
                     await self._queue.reply(delivery, Reply(error=f"the job is damaged: {error}", queue_ms=queue_ms))
         return works
 
     async def _score(self, works: Sequence[_Work]) -> None:
         """Score jobs of one shape together; should that fail, each alone, so that only the culprit fails."""
-        images_BHWC = np.concatenate([np.stack(work.batch.images_HWC) for work in works])
+        parts_BHWC = [work.images() for work in works]
+        images_BHWC = parts_BHWC[0] if len(works) == 1 else np.concatenate(parts_BHWC)
         prompts = [prompt for work in works for prompt in work.batch.prompts or ()] or None
         started_s = time.perf_counter()
         try:

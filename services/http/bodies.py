@@ -2,23 +2,28 @@
 
 import functools
 import hashlib
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from python_multipart.multipart import parse_options_header
 
 from services import protocol
+from services.batching.shared import Lease
 from services.batching.submit import Job, split_batch
 from services.http.multipart import decode_multipart
 from services.http.problems import ProblemError
-from services.images import Batch, decode_batch, decode_json
+from services.images import Batch, batch_head, decode_batch, decode_json
 from services.protocol import Limits
 
 MEDIA_TYPES = (protocol.MEDIA_SAFETENSORS, protocol.MEDIA_JSON, protocol.MEDIA_MULTIPART)
 CONTENT_TYPE_CHARS = 400
 
-Decoder = Callable[[bytes | bytearray, Limits], Batch]
+Body = bytes | bytearray | memoryview
+Decoder = Callable[..., Batch]
+"""Of a body and limits; only `decode_batch` takes every kind of buffer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,28 +71,57 @@ def decoder_of(headers: Mapping[str, str]) -> Decoder:
 
 
 def prepare(
-    decode: Decoder, body: bytearray, limits: Limits, *, job_images: int, job_bytes: int, digests: bool
+    decode: Decoder,
+    body: Body,
+    limits: Limits,
+    *,
+    job_images: int,
+    job_bytes: int,
+    digests: bool,
+    lease: Lease | None = None,
 ) -> Prepared:
     """Decode a body and cut it into jobs; slow, and so meant for a thread.
 
     Args:
         decode: what `decoder_of` chose.
-        body: of the request; the result does not refer to it.
+        body: of the request; the result may refer to it, and then it must not change.
         limits: bounds to hold the batch to.
         job_images, job_bytes: bounds of one job.
         digests: whether the digest is wanted.
+        lease: of shared memory; a safetensors body may lie there already, the images of another are laid there.
 
     Raises:
         services.images.BodyError: the body holds no batch that can be scored.
     """
     batch = decode(body, limits)
+    size = len(body)
+    if lease is not None and decode is not decode_batch:
+        batch, size = _lay_out(batch, lease)
+    shared = None if lease is None else lease.area
     return Prepared(
-        jobs=split_batch(batch, job_images=job_images, job_bytes=job_bytes),
+        jobs=split_batch(batch, job_images=job_images, job_bytes=job_bytes, area=shared, body_bytes=size),
         images=len(batch.images_HWC),
         size_bytes=sum(image_HWC.nbytes for image_HWC in batch.images_HWC),
         has_prompts=batch.prompts is not None,
         digest=digest_of(batch) if digests else "",
     )
+
+
+def _lay_out(batch: Batch, lease: Lease) -> tuple[Batch, int]:
+    """Write a batch of one size into shared memory, where there is some; the size of its file there, else 0."""
+    first = batch.images_HWC[0]
+    if any(image_HWC.shape != first.shape for image_HWC in batch.images_HWC):
+        return batch, 0
+    shape = (len(batch.images_HWC), *first.shape)
+    head = batch_head(shape, batch.prompts)
+    size = len(head) + math.prod(shape)
+    memory = lease.memory(size)
+    if memory is None:
+        return batch, 0
+    memory[: len(head)] = head
+    whole_BHWC = np.frombuffer(memory, np.uint8, math.prod(shape), len(head)).reshape(shape)
+    np.stack(batch.images_HWC, out=whole_BHWC)
+    return Batch(list(whole_BHWC), batch.prompts, whole_BHWC), size
 
 
 def digest_of(batch: Batch) -> str:

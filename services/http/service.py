@@ -1,6 +1,7 @@
 """What happens to a request for scores, from its first header to its answer."""
 
 import asyncio
+import functools
 import hmac
 import math
 import re
@@ -13,15 +14,16 @@ from fastapi import Request
 
 from services import protocol
 from services.batching.errors import DeadlinePassed, KeyReused, QueueAway, QueueError, QueueFull, ScoringFailed
+from services.batching.shared import Areas, Lease
 from services.batching.streams import Reply
 from services.batching.submit import Job
 from services.batching.survey import Survey
-from services.http.bodies import Decoder, Prepared, decoder_of, prepare
+from services.http.bodies import Body, Decoder, Prepared, decoder_of, prepare
 from services.http.metrics import Metrics
 from services.http.openapi import LONGEST_MS, info_of
 from services.http.problems import ProblemError
 from services.http.uploads import HeldBytes, Patience, read_body
-from services.images import BodyError, ItemInvalid
+from services.images import BodyError, ItemInvalid, decode_batch
 from services.protocol import Readiness, ScoreAnswer, Timing
 from services.rewards.base import Reward
 from services.settings import Settings
@@ -79,6 +81,7 @@ class ScoreService:
         self._token = settings.token.get_secret_value().encode() if settings.token else None
         self._retry_after = {protocol.HEADER_RETRY_AFTER: str(settings.retry_after_s)}
         self._held = HeldBytes(settings.queue_bytes, headers=self._retry_after)
+        self._areas = Areas(enabled=settings.shared_memory)
         self.info = info_of(reward, settings.limits)
 
     def authorise(self, request: Request) -> None:
@@ -126,12 +129,13 @@ class ScoreService:
         key = _idempotency_key(request)
         deadline_s = self._deadline_s(request)
         patience = Patience(deadline_s, asyncio.get_running_loop().time() + deadline_s, self.settings.upload_stall_s)
-        with self._held.share() as share:
+        with self._held.share() as share, self._areas.lease() as lease:
             started_s = time.monotonic()
-            body = await read_body(request, self._held, share, self.settings.max_body_bytes, patience)
+            buffer = lease.memory if decode is decode_batch else None
+            body = await read_body(request, self._held, share, self.settings.max_body_bytes, patience, buffer)
             read_s = time.monotonic()
             self.metrics.observe_phase("read", read_s - started_s)
-            prepared = await self._prepare(decode, body, digests=key is not None)
+            prepared = await self._prepare(decode, body, lease, digests=key is not None)
             del body
             if self.info.needs_prompts and not prepared.has_prompts:
                 raise ProblemError("prompts-missing", self._prompts_missing())
@@ -140,12 +144,15 @@ class ScoreService:
             share.grow_to(prepared.size_bytes)
             return await self._answer(request, request_id, prepared, key, patience.gives_up_s)
 
-    async def _prepare(self, decode: Decoder, body: bytearray, *, digests: bool) -> Prepared:
+    async def _prepare(self, decode: Decoder, body: Body, lease: Lease, *, digests: bool) -> Prepared:
         """Decode on a thread, so that pictures do not hold up other requests."""
         settings = self.settings
-        bounds = {"job_images": settings.images_per_job, "job_bytes": settings.job_bytes}
+        bounds = {"job_images": settings.images_per_job, "job_bytes": settings.bytes_per_job}
+        run = functools.partial(prepare, decode, body, settings.limits, digests=digests, lease=lease, **bounds)
         try:
-            return await asyncio.to_thread(prepare, decode, body, settings.limits, digests=digests, **bounds)
+            if decode is decode_batch and not digests:  # which copies nothing
+                return run()
+            return await asyncio.to_thread(run)
         except BodyError as error:
             kinds = {400: "malformed-body", 413: "batch-too-large", 422: "unreadable-item"}
             index = error.index if isinstance(error, ItemInvalid) else None

@@ -5,7 +5,7 @@ What is booked is what has arrived, not what was announced: who announces much a
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fastapi import Request
@@ -82,7 +82,14 @@ class Patience:
     stall_s: float
 
 
-async def read_body(request: Request, held: HeldBytes, share: Share, limit: int, patience: Patience) -> bytearray:
+async def read_body(
+    request: Request,
+    held: HeldBytes,
+    share: Share,
+    limit: int,
+    patience: Patience,
+    buffer: Callable[[int], memoryview | None] | None = None,
+) -> bytearray | memoryview:
     """Read the body of a request.
 
     Args:
@@ -91,38 +98,43 @@ async def read_body(request: Request, held: HeldBytes, share: Share, limit: int,
         share: what this one holds; it grows with what arrives.
         limit: bytes of the body at most.
         patience: how long to wait.
+        buffer: gives memory for a body of known length, if it has some; it must take room only as it is written to.
 
     Returns:
-        The body: exactly Content-Length bytes, or, without that header, no more than `limit`.
+        The body, in that memory if there is some: exactly Content-Length bytes, or, without that header, no more than
+        `limit`.
 
     Raises:
         ProblemError: 400, 408, 413, 429 or 504, or the client left.
     """
     length = _content_length(request, limit)
     held.check(length or 0)
-    body = bytearray()
+    body, memory, size = bytearray(), buffer(length) if buffer and length else None, 0
     now_s = asyncio.get_running_loop().time
     try:
         async with asyncio.timeout_at(min(patience.gives_up_s, now_s() + patience.stall_s)) as timer:
             async for chunk in request.stream():
-                size = len(body) + len(chunk)
+                start, size = size, size + len(chunk)
                 if length is None and size > limit:
                     raise _too_large(f"more than {limit}", limit)
                 if length is not None and size > length:
                     detail = f"the body exceeds its Content-Length of {length}: send what was announced"
                     raise ProblemError("malformed-request", detail)
                 share.grow_to(size)
-                body += chunk
+                if memory is None:
+                    body += chunk
+                else:
+                    memory[start:size] = chunk
                 if chunk:
                     timer.reschedule(min(patience.gives_up_s, now_s() + patience.stall_s))
     except TimeoutError:
-        raise _too_slow(len(body), patience, in_time=now_s() < patience.gives_up_s) from None
+        raise _too_slow(size, patience, in_time=now_s() < patience.gives_up_s) from None
     except ClientDisconnect:
         raise ProblemError("client-gone", "the client left") from None
-    if length is not None and len(body) != length:
-        detail = f"{len(body)} bytes of a Content-Length of {length} arrived: send what was announced"
+    if length is not None and size != length:
+        detail = f"{size} bytes of a Content-Length of {length} arrived: send what was announced"
         raise ProblemError("malformed-request", detail)
-    return body
+    return body if memory is None else memory
 
 
 def _content_length(request: Request, limit: int) -> int | None:

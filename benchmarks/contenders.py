@@ -1,0 +1,106 @@
+"""How each contender is started and spoken to: a tree of processes behind a port."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.machine import ROOT
+from services.protocol import MEDIA_SAFETENSORS, SCORE_PATH
+
+BINARY = "application/octet-stream"
+BOUNDARY = "benchmark-of-serving"
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A way of serving.
+
+    Attributes:
+        name: for the table.
+        command: makes a command of workload and port.
+        folder: where its environment lies, or None for this one.
+        form: whether pictures are sent as a form, for want of a raw body.
+        environment: what it is told besides.
+    """
+
+    name: str
+    command: Callable[[str, int], list[str]]
+    folder: str | None = None
+    form: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+REWARD_OF = {"w1": "brightness", "w2": "brightness", "w3": "benchmarks.peers.encoder:Encoder"}
+
+
+def _peer(name: str, program: str, *arguments: str) -> Callable[[str, int], list[str]]:
+    def command(workload: str, port: int) -> list[str]:
+        given = [part.format(workload=workload, upper=workload.upper(), port=port) for part in arguments]
+        return [f"{{peers}}/{name}/bin/{program}", *given]
+
+    return command
+
+
+def _ours(workload: str, port: int) -> list[str]:
+    return [sys.executable, "-m", "services", "serve", REWARD_OF[workload], "--port", str(port), "--announce"]
+
+
+BARE = Contender("bare handler", lambda workload, port: [sys.executable, "-m", "benchmarks.bare", workload, str(port)])
+OURS = Contender("ours", _ours, form=True)
+PEERS = (
+    Contender(
+        "LitServe",
+        _peer("litserve", "python", "benchmarks/peers/litserve/server.py", "{workload}", "{port}"),
+        "litserve",
+    ),
+    Contender(
+        "BentoML",
+        _peer(
+            "bentoml",
+            "bentoml",
+            "serve",
+            "benchmarks.peers.bentoml.service:{upper}",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "{port}",
+        ),
+        "bentoml",
+        environment={"BENTOML_DO_NOT_TRACK": "True"},
+    ),
+    Contender(
+        "Ray Serve",
+        _peer("rayserve", "python", "benchmarks/peers/rayserve/server.py", "{workload}", "{port}"),
+        "rayserve",
+        environment={
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+        },
+    ),
+)
+
+
+def command_of(contender: Contender, workload: str, port: int, peers: Path) -> tuple[list[str], dict[str, str]]:
+    """The command line and the environment of a contender's processes."""
+    command = [part.replace("{peers}", str(peers)) for part in contender.command(workload, port)]
+    threads = {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    return command, {**os.environ, **threads, **contender.environment}
+
+
+def request_of(contender: Contender, workload: str, body: bytes, port: int) -> bytes:
+    """A whole HTTP request with this body."""
+    media = MEDIA_SAFETENSORS if workload != "w2" else BINARY
+    if contender.form and workload == "w2":
+        media = f"multipart/form-data; boundary={BOUNDARY}"
+        part = 'Content-Disposition: form-data; name="images"; filename="0.png"\r\nContent-Type: image/png'
+        body = f"--{BOUNDARY}\r\n{part}\r\n\r\n".encode() + body + f"\r\n--{BOUNDARY}--\r\n".encode()
+    if contender.name == "LitServe":
+        media = BINARY
+    head = (
+        f"POST {SCORE_PATH} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: {media}\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
