@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -44,6 +46,17 @@ def test_the_flat_files_are_those_of_the_base() -> None:
 def test_whatever_needs_the_namespace_comes_after_it() -> None:
     """`apply -f` takes the files in the order of their names, and creates as it reads."""
     assert [thing["kind"] for thing in flat()].index("Namespace") == 0
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not on the PATH")
+def test_kubectl_reads_the_flat_files_and_nothing_else() -> None:
+    """Through the links, by their names; neither the kustomize file nor a folder below. No cluster is asked."""
+    command = ["kubectl", "label", "--local", "-f", str(K8S), "read=by-kubectl", "-o", "name"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    read_ = [line.rpartition("/") for line in done.stdout.splitlines()]
+    assert [(kind.partition(".")[0], name) for kind, _, name in read_] == [
+        (thing["kind"].lower(), thing["metadata"]["name"]) for thing in flat()
+    ]
 
 
 @needs_kustomize

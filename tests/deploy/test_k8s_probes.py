@@ -155,3 +155,14 @@ def test_a_run_waits_for_its_rewards() -> None:
             assert waiting.wait(PROBE_S) == 0
             server.shutdown()
     assert Handler.statuses == [503, 200, 200]
+
+
+def test_a_wait_for_rewards_ends_when_it_is_told_to() -> None:
+    """By a handler of its own: a container's process 1 hears no signal without, and a node would drain slowly."""
+    given = container("Job", "trainer", first=True)
+    command = [sys.executable, "-c", given["command"][2], f"http://127.0.0.1:{free_port()}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as waiting:
+        assert waiting.stdout is not None
+        assert "Connection refused" in waiting.stdout.readline()
+        waiting.terminate()
+        assert waiting.wait(PROBE_S) == 128 + signal.SIGTERM

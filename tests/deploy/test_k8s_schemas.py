@@ -11,13 +11,13 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.deploy.k8s_manifests import K8S, Object, find, named, objects_of, read
+from tests.deploy.k8s_manifests import K8S, ROOT, Object, find, named, objects_of, read
 from tests.deploy.test_k8s_rules import needs_kustomize
 
 VERSIONS = ("1.30", "1.37")
 """The oldest Kubernetes that the manifests are meant for, and the newest whose schemas the validator brings."""
 CUSTOM = ("keda.sh/", "monitoring.coreos.com/")
-FOLDER = Path(os.environ.get("CRD_SCHEMAS", ""))
+FOLDER = Path(os.environ.get("CRD_SCHEMAS", ROOT.parent / "shared" / "data" / "crds"))
 """Where the published CustomResourceDefinitions of KEDA and the Prometheus Operator lie, as YAML."""
 
 
@@ -110,7 +110,7 @@ def custom_faults(thing: Object) -> Iterator[str]:
 
 
 needs_schemas = pytest.mark.skipif(
-    "CRD_SCHEMAS" not in os.environ or not any(FOLDER.glob("*.yaml")),
+    not any(FOLDER.glob("*.yaml")),
     reason="the published CustomResourceDefinitions are not at hand: CRD_SCHEMAS may name their folder",
 )
 
