@@ -43,8 +43,16 @@ def make_autocast(device: torch.device, dtype: str) -> Callable[[], AbstractCont
     return lambda: torch.autocast(device.type, torch.bfloat16)
 
 
-def _source(stage: str, wanted: str) -> str | Path:
-    """Where weights are read: the miniature's own file, or what the settings name."""
+def weights_source(stage: str, wanted: str) -> str | Path:
+    """Where weights are read: the miniature's own file, or what the settings name.
+
+    Args:
+        stage: `var` or `vqvae`.
+        wanted: `miniature`, a path, or a published name.
+
+    Raises:
+        CheckpointError: the miniature's file is missing.
+    """
     if wanted != "miniature":
         return wanted
     if not FILES[stage].is_file():
@@ -67,8 +75,8 @@ def make_learner(config: Config, group: Group, device: torch.device) -> Learner:
         LoraError: adapters cannot be added.
     """
     sources = config.model
-    var = load_var(_source("var", sources.var), device=device)
-    vqvae = load_vqvae(_source("vqvae", sources.vqvae), patch_nums=var.config.patch_nums, device=device)
+    var = load_var(weights_source("var", sources.var), device=device)
+    vqvae = load_vqvae(weights_source("vqvae", sources.vqvae), patch_nums=var.config.patch_nums, device=device)
     check_pair(var, vqvae)
     count = var.config.num_classes
     classes = config.rollout.classes or tuple(range(count))

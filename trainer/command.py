@@ -1,4 +1,4 @@
-"""What the commands share that are no runs: options in one line of error each, and exit codes.
+"""What the commands share: options in one line of error each, and exit codes.
 
 0: done. 1: failed. 2: wrong settings. 75: not done, and the same command goes on. 130: interrupted.
 """
@@ -95,13 +95,13 @@ def run_safely(work: Callable[[], object], console: Console, *, goes_on: str | N
     try:
         return _do(work, console)
     except ConfigError as error:
-        return _fail(console, error, 2)
+        return fail(console, error, 2)
     except Suspended as error:
-        return _fail(console, error, EXIT_SUSPENDED)
+        return fail(console, error, EXIT_SUSPENDED)
     except KeyboardInterrupt as error:
         if goes_on is not None and isinstance(error, Interrupted):
-            return _fail(console, f"interrupted; what is done is kept: go on with: {goes_on}", EXIT_SUSPENDED)
-        return _fail(console, "interrupted", 130)
+            return fail(console, f"interrupted; what is done is kept: go on with: {goes_on}", EXIT_SUSPENDED)
+        return fail(console, "interrupted", 130)
 
 
 def _do(work: Callable[[], object], console: Console) -> int:
@@ -122,13 +122,14 @@ def _do(work: Callable[[], object], console: Console) -> int:
     try:
         work()
     except expected as error:
-        return _fail(console, error, 1)
+        return fail(console, error, 1)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        return _fail(console, f"out of memory: {error}; lower --chunk", 1)
+        return fail(console, f"out of memory: {error}; lower --chunk", 1)
     return 0
 
 
-def _fail(console: Console, error: object, code: int) -> int:
+def fail(console: Console, error: object, code: int) -> int:
+    """Says in one line what went wrong; returns the exit code."""
     message = " ".join(str(error).split()) or type(error).__name__
     console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     return code

@@ -1,15 +1,12 @@
 """Loads the policies that `trainer.policy_sources` has found."""
 
-from pathlib import Path
-
 import torch
 
-from trainer.build import make_autocast
+from trainer.build import make_autocast, weights_source
 from trainer.checkpoint import Checkpoints
 from trainer.lora import add_lora
-from trainer.miniature.weights import FILES, remedy
 from trainer.models.checkpoints import CheckpointError, check_pair, load_var, load_vqvae
-from trainer.policy_sources import MINIATURE, PolicySource
+from trainer.policy_sources import PolicySource
 from trainer.run_state import POLICY
 from trainer.var_policy import VarPolicy
 
@@ -26,22 +23,14 @@ def load_policy(source: PolicySource, device: torch.device, dtype: str) -> VarPo
         CheckpointError: weights are missing or do not fit, or a state is of other weights than it says.
         LoraError: a state has adapters, and peft is not installed.
     """
-    var = load_var(_file("var", source.var), device=device)
-    vqvae = load_vqvae(_file("vqvae", source.vqvae), patch_nums=var.config.patch_nums, device=device)
+    var = load_var(weights_source("var", source.var), device=device)
+    vqvae = load_vqvae(weights_source("vqvae", source.vqvae), patch_nums=var.config.patch_nums, device=device)
     check_pair(var, vqvae)
     policy = VarPolicy(var, vqvae, range(var.config.num_classes), make_autocast(device, dtype))
     if source.state is not None:
         _load_state(policy, source)
     var.requires_grad_(False)
     return policy
-
-
-def _file(stage: str, wanted: str) -> str | Path:
-    if wanted != MINIATURE:
-        return wanted
-    if not FILES[stage].is_file():
-        raise CheckpointError(f"{FILES[stage]}: no such file, it comes with the project; {remedy(stage)}")
-    return FILES[stage]
 
 
 def _load_state(policy: VarPolicy, source: PolicySource) -> None:

@@ -5,7 +5,6 @@ Parses the settings, starts what the run needs, calls the training step, writes 
 
 import argparse
 import logging
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from services.client import RewardError
+from trainer.command import command_line, fail
 from trainer.config import ConfigError
 from trainer.failures import EXIT_SUSPENDED, Stopped, Suspended
 from trainer.interrupt import Interrupted
@@ -76,7 +76,9 @@ def run_safely(  # noqa: PLR0911 - a return for each exit code
         from trainer.session import Start  # noqa: PLC0415
         from trainer.start import train  # noqa: PLC0415
 
-        start = Start(recipe, resume, must_resume, shlex.join([*command_of(Ranks()), recipe, *options]), ends_process)
+        start = Start(
+            recipe, resume, must_resume, command_line("trainer.run", [recipe, *options], Ranks()), ends_process
+        )
         expected = (
             *(RewardError, LocalRewardsError, ScoreError, RankError, Stopped, FloatingPointError),
             *(CheckpointError, JudgeError, LoraError),
@@ -84,30 +86,21 @@ def run_safely(  # noqa: PLR0911 - a return for each exit code
         try:
             train(config, start, console)
         except Suspended as error:
-            return _fail(console, error, code=EXIT_SUSPENDED)
+            return fail(console, error, code=EXIT_SUSPENDED)
         except expected as error:
-            return _fail(console, error, code=1)
+            return fail(console, error, code=1)
         except (torch.OutOfMemoryError, MemoryError) as error:
             remedy = "lower optim.micro_batch or rollout.chunk, or set model.recompute true or model.lora"
-            return _fail(console, f"out of memory: {error}; {remedy}", code=1)
+            return fail(console, f"out of memory: {error}; {remedy}", code=1)
         except OSError as error:
             remedy = "make room there, or set another --run.dir that can be written"
-            return _fail(console, f"run.dir {config.run.dir}: {error}; {remedy}", code=1)
+            return fail(console, f"run.dir {config.run.dir}: {error}; {remedy}", code=1)
     except ConfigError as error:
-        return _fail(console, error, code=2)
+        return fail(console, error, code=2)
     except KeyboardInterrupt as error:
         kept = "the services are stopped; --resume goes on from the last state that was saved, if there is one"
-        return _fail(console, f"interrupted; {kept}", code=EXIT_SUSPENDED if isinstance(error, Interrupted) else 130)
+        return fail(console, f"interrupted; {kept}", code=EXIT_SUSPENDED if isinstance(error, Interrupted) else 130)
     return 0
-
-
-def command_of(ranks: Ranks) -> list[str]:
-    """The command that started this process, but for the recipe and its options."""
-    if ranks.world_size == 1:
-        return ["python", "-m", "trainer.run"]
-    machines = ranks.world_size // ranks.local_world_size
-    several = ["--nnodes", str(machines), "--rdzv-endpoint", "HOST:PORT"] if machines > 1 else []
-    return ["torchrun", *several, "--nproc-per-node", str(ranks.local_world_size), "-m", "trainer.run"]
 
 
 def take_resume(options: Sequence[str]) -> tuple[list[str], Path | None, bool]:
@@ -126,12 +119,6 @@ def take_resume(options: Sequence[str]) -> tuple[list[str], Path | None, bool]:
             text = left.pop(position)
         folder = Path(text) if text else None
     return left, folder, given
-
-
-def _fail(console: Console, error: object, *, code: int) -> int:
-    message = " ".join(str(error).split()) or type(error).__name__
-    console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
-    return code
 
 
 if __name__ == "__main__":
