@@ -109,10 +109,10 @@ def _do(work: Callable[[], object], console: Console) -> int:
     import torch  # noqa: PLC0415
 
     from trainer.distributed import RankError  # noqa: PLC0415
+    from trainer.evaluate.picture_folder import PictureError  # noqa: PLC0415
     from trainer.judges import JudgeError  # noqa: PLC0415
     from trainer.lora import LoraError  # noqa: PLC0415
     from trainer.models.checkpoints import CheckpointError  # noqa: PLC0415
-    from trainer.picture_folder import PictureError  # noqa: PLC0415
     from trainer.scoring import ScoreError  # noqa: PLC0415
 
     expected = (

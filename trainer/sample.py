@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from trainer.command import Parser, command_line, number, one_of, run_safely
 from trainer.config import ConfigError
-from trainer.sampling import Sampling, add_sampling_options, sampling_of
+from trainer.inference.sampling import Sampling, add_sampling_options, sampling_of
 from trainer.settings import Ranks
 
 MODULE = "trainer.sample"
@@ -98,11 +98,11 @@ def _draw_all(
     # Only now, for a mistyped option should not wait for torch.
     from trainer.build import choose_device  # noqa: PLC0415
     from trainer.contact_sheet import Panel, check_size, save_images, save_sheet  # noqa: PLC0415
-    from trainer.drawing import draw  # noqa: PLC0415
     from trainer.evaluation import spread_labels  # noqa: PLC0415
-    from trainer.labels import label_names, parse_labels  # noqa: PLC0415
-    from trainer.policy_loading import load_policy  # noqa: PLC0415
-    from trainer.policy_sources import PRETRAINED, find_sources  # noqa: PLC0415
+    from trainer.inference.drawing import draw  # noqa: PLC0415
+    from trainer.inference.labels import label_names, parse_labels  # noqa: PLC0415
+    from trainer.inference.loading import load_policy  # noqa: PLC0415
+    from trainer.inference.sources import PRETRAINED, find_sources  # noqa: PLC0415
 
     models = [*([PRETRAINED] if options.compare else []), *options.models]
     sources = find_sources(models, options.vqvae)

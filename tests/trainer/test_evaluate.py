@@ -21,17 +21,17 @@ from services.rewards.brightness import Brightness
 from tests.services.conftest import descendants, wait_until
 from tests.trainer.conftest import Outcome
 from tests.trainer.test_run import FailsAtLast, assert_failed
-from trainer.drawing import draw
-from trainer.evaluate import main
+from trainer.evaluate.__main__ import main
+from trainer.inference.drawing import draw
+from trainer.inference.loading import load_policy
+from trainer.inference.sampling import Sampling
+from trainer.inference.sources import PolicySource
 from trainer.judges import make_judge
 from trainer.local_rewards import LocalRewards
 from trainer.miniature.objects import CLASSES
 from trainer.miniature.quality import held_out
 from trainer.miniature.rating import colourfulness
 from trainer.miniature.render import POLICY_WORLD
-from trainer.policy_loading import load_policy
-from trainer.policy_sources import PolicySource
-from trainer.sampling import Sampling
 
 Evaluate = Callable[..., Outcome]
 CPU = torch.device("cpu")
@@ -227,7 +227,7 @@ def test_pictures_are_brought_to_one_size(evaluate: Evaluate, tmp_path: Path) ->
 def test_imagenets_folders_are_labels_in_their_order(tmp_path: Path) -> None:
     """As many folders named by WordNet's ids as there are labels; one fewer is a mistake."""
     from trainer.config import ConfigError
-    from trainer.picture_folder import open_pictures
+    from trainer.evaluate.picture_folder import open_pictures
 
     names = ["n01443537", "n01440764", "n01484850"]
     write_pictures(tmp_path / "val", np.zeros((3, 8, 8, 3), dtype=np.uint8), names)

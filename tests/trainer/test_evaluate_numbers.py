@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from trainer.bootstrap import Estimate, estimate_diversity, estimate_means
-from trainer.measures import COLOURFULNESS, LABELS, RANKS, STYLE, THUMBNAILS, label_ranks, thumbnails
+from trainer.evaluate.bootstrap import Estimate, estimate_diversity, estimate_means
+from trainer.evaluate.measures import COLOURFULNESS, LABELS, RANKS, STYLE, THUMBNAILS, label_ranks, thumbnails
+from trainer.evaluate.summary import summarise
+from trainer.evaluate.table import markdown_table
 from trainer.miniature.quality import diversity, held_out
-from trainer.row_summary import summarise
-from trainer.score_table import markdown_table
 
 
 def one_mean(values_N: NDArray[np.float64], labels_N: NDArray[np.int64], replicates: int = 1000) -> Estimate:

@@ -14,7 +14,7 @@ import torch
 
 from tests.services.conftest import descendants, wait_until
 from tests.trainer.conftest import ROOT
-from trainer.evaluate import main
+from trainer.evaluate.__main__ import main
 from trainer.local_rewards import LocalRewards
 
 pytestmark = pytest.mark.redis

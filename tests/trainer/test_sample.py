@@ -17,15 +17,15 @@ from safetensors.numpy import load_file
 from tests.trainer.conftest import Outcome, make_vqvae
 from tests.trainer.test_run import assert_failed
 from trainer.contact_sheet import SETTINGS
-from trainer.drawing import draw
-from trainer.evaluate import main as evaluate_main
-from trainer.measures import thumbnails
+from trainer.evaluate.__main__ import main as evaluate_main
+from trainer.evaluate.measures import thumbnails
+from trainer.inference.drawing import draw
+from trainer.inference.loading import load_policy
+from trainer.inference.sampling import Sampling
+from trainer.inference.sources import find_sources
 from trainer.models.checkpoints import load_var, save_var, save_vqvae
-from trainer.policy_loading import load_policy
-from trainer.policy_sources import find_sources
 from trainer.run import main as run_main
 from trainer.sample import main, parse_seeds
-from trainer.sampling import Sampling
 from trainer.var_policy import VarPolicy
 
 Sample = Callable[..., Outcome]

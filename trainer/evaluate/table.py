@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.measures import COLOURFULNESS, SCORE
-from trainer.row_summary import DIVERSITY, STYLE_SHARE, TOP1, TOP5
+from trainer.evaluate.measures import COLOURFULNESS, SCORE
+from trainer.evaluate.summary import DIVERSITY, STYLE_SHARE, TOP1, TOP5
 
 TITLES = {TOP1: "top-1 accuracy", TOP5: "top-5 accuracy"}
 SHARES = (TOP1, TOP5, STYLE_SHARE)

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from trainer.config import ConfigError
-from trainer.evaluation_rows import FolderRow, PolicyRow, Row
-from trainer.labels import World, label_names, parse_labels
-from trainer.measures import Measures
+from trainer.evaluate.columns import Column
+from trainer.evaluate.measures import Measures
+from trainer.evaluate.picture_folder import open_pictures
+from trainer.evaluate.rows import FolderRow, PolicyRow, Row
+from trainer.inference.labels import World, label_names, parse_labels
+from trainer.inference.sampling import Sampling
+from trainer.inference.sources import PolicySource, find_sources, split_name
 from trainer.nearest import nearest
-from trainer.picture_folder import open_pictures
-from trainer.policy_sources import PolicySource, find_sources, split_name
-from trainer.sampling import Sampling
-from trainer.score_columns import Column
 
 
 @dataclass(frozen=True)

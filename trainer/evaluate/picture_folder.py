@@ -16,7 +16,7 @@ from PIL import Image
 from services.images import FORMATS, BodyError, decode_picture
 from services.protocol import Limits
 from trainer.config import ConfigError
-from trainer.labels import parse_labels
+from trainer.inference.labels import parse_labels
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 UNLABELLED = -1

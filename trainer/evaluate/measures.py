@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from trainer.evaluate.columns import Scorers, collect_scores
+from trainer.evaluate.picture_folder import UNLABELLED
+from trainer.inference.labels import World
 from trainer.judges import Classify, make_classifier
-from trainer.labels import World
 from trainer.miniature.classifiers import predict
 from trainer.miniature.rating import colourfulness
 from trainer.miniature.render import STYLES
 from trainer.miniature.weights import FILES, load_classifier
-from trainer.picture_folder import UNLABELLED
-from trainer.score_columns import Scorers, collect_scores
 from trainer.scoring import Scored
 
 THUMBNAIL = 16  # pixels a side; what pictures of a class are compared by

@@ -8,7 +8,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from trainer.config import Config, ConfigError
-from trainer.labels import World
+from trainer.inference.labels import World
 from trainer.models.checkpoints import PUBLISHED_FILES, PUBLISHED_REPOSITORY, PUBLISHED_VQVAE
 from trainer.nearest import nearest
 from trainer.run_folder import STATES

@@ -1,12 +1,12 @@
-"""Loads the policies that `trainer.policy_sources` has found."""
+"""Loads the policies that `trainer.inference.sources` has found."""
 
 import torch
 
 from trainer.build import make_autocast, weights_source
 from trainer.checkpoint import Checkpoints
+from trainer.inference.sources import PolicySource
 from trainer.lora import add_lora
 from trainer.models.checkpoints import CheckpointError, check_pair, load_var, load_vqvae
-from trainer.policy_sources import PolicySource
 from trainer.run_state import POLICY
 from trainer.var_policy import VarPolicy
 

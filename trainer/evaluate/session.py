@@ -15,23 +15,23 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trainer.bootstrap import LEVEL, REPLICATES
 from trainer.build import choose_device
-from trainer.chunks import Chunks, digest_of
 from trainer.config import ConfigError
 from trainer.distributed import Group
-from trainer.evaluation_plan import Plan, make_plan
-from trainer.evaluation_rows import Row
+from trainer.evaluate.bootstrap import LEVEL, REPLICATES
+from trainer.evaluate.chunks import Chunks, digest_of
+from trainer.evaluate.columns import Column, Scorers
+from trainer.evaluate.measures import COLOURFULNESS, LABELS, RANKS, SCORE, STYLE, THUMBNAILS, Begun
+from trainer.evaluate.plan import Plan, make_plan
+from trainer.evaluate.rows import Row
+from trainer.evaluate.summary import summarise
+from trainer.evaluate.table import markdown_table
 from trainer.failures import Suspended, passes
+from trainer.inference.sampling import Sampling
 from trainer.interrupt import Interrupt
 from trainer.local_rewards import LocalRewards
-from trainer.measures import COLOURFULNESS, LABELS, RANKS, SCORE, STYLE, THUMBNAILS, Begun
 from trainer.models.checkpoints import CheckpointError
-from trainer.row_summary import summarise
 from trainer.run_folder import hold, write_text
-from trainer.sampling import Sampling
-from trainer.score_columns import Column, Scorers
-from trainer.score_table import markdown_table
 from trainer.scoring import ScoreError
 from trainer.settings import Ranks
 

@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainer.inference.sampling import Sampling
 from trainer.policy import generate, keyed_uniforms
-from trainer.sampling import Sampling
 from trainer.var_policy import VarPolicy
 
 FIRST_KEY = 2**33

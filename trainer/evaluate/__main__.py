@@ -11,8 +11,8 @@ from rich.console import Console
 
 from trainer.command import Parser, command_line, number, one_of, run_safely
 from trainer.config import ConfigError
-from trainer.sampling import add_sampling_options, sampling_of
-from trainer.score_columns import add_reward_options, columns_of
+from trainer.evaluate.columns import add_reward_options, columns_of
+from trainer.inference.sampling import add_sampling_options, sampling_of
 from trainer.settings import Ranks
 
 MODULE = "trainer.evaluate"
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None, *, ends_process: bool = False) 
             )
         sampling, columns = sampling_of(options), columns_of(options.rewards)
         # Only now, for a mistyped option should not wait for torch.
-        from trainer.evaluation_session import evaluate  # noqa: PLC0415
+        from trainer.evaluate.session import evaluate  # noqa: PLC0415
 
         evaluate(options, sampling, columns, ranks, command, console, ends_process=ends_process)
 

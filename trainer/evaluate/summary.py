@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.bootstrap import Estimate, estimate_diversity, estimate_means
-from trainer.measures import COLOURFULNESS, LABELS, RANKS, SCORE, STYLE, THUMBNAILS, Arrays
-from trainer.picture_folder import UNLABELLED
+from trainer.evaluate.bootstrap import Estimate, estimate_diversity, estimate_means
+from trainer.evaluate.measures import COLOURFULNESS, LABELS, RANKS, SCORE, STYLE, THUMBNAILS, Arrays
+from trainer.evaluate.picture_folder import UNLABELLED
 
 TOP1, TOP5, DIVERSITY = "accuracy/top1", "accuracy/top5", "diversity"
 STYLE_SHARE = "style/"

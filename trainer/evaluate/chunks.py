@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from trainer.measures import Arrays
+from trainer.evaluate.measures import Arrays
 from trainer.models.checkpoints import CheckpointError, write_atomically
 
 

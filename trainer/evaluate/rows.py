@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.config import ConfigError
-from trainer.drawing import draw
-from trainer.picture_folder import PictureFolder
-from trainer.policy_loading import load_policy
-from trainer.policy_sources import PolicySource
-from trainer.sampling import Sampling
+from trainer.evaluate.picture_folder import PictureFolder
+from trainer.inference.drawing import draw
+from trainer.inference.loading import load_policy
+from trainer.inference.sampling import Sampling
+from trainer.inference.sources import PolicySource
 from trainer.var_policy import VarPolicy
 
 

@@ -1,0 +1,1 @@
+"""A trained policy put to use: found by its name, loaded, and drawn from."""
