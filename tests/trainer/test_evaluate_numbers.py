@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from trainer.evaluate.bootstrap import Estimate, estimate_diversity, estimate_means
-from trainer.evaluate.measures import COLOURFULNESS, LABELS, RANKS, STYLE, THUMBNAILS, label_ranks, thumbnails
+from trainer.evaluate.measures import COLOURFULNESS, LABELS, PAINTED, RANKS, STYLE, THUMBNAILS, label_ranks, thumbnails
 from trainer.evaluate.summary import summarise
 from trainer.evaluate.table import markdown_table
 from trainer.miniature.quality import diversity, held_out
@@ -115,6 +115,7 @@ def arrays(count: int) -> dict[str, NDArray[np.float64] | NDArray[np.float32] | 
         LABELS: labels_N,
         RANKS: np.where(labels_N == 3, 7, 0),
         STYLE: np.where(labels_N == 0, 1, 0),
+        PAINTED: np.where(labels_N == 0, 1, 0),
         COLOURFULNESS: generator.random(count) * 100,
         THUMBNAILS: generator.random((count, 768)).astype(np.float32),
         "score/judge": labels_N.astype(np.float64),
@@ -134,6 +135,7 @@ def test_seen_and_unseen_labels_are_told_apart() -> None:
     assert [means[split]["score/judge"] for split in ("all", "seen", "unseen")] == [1.5, 0.5, 2.5]
     assert [means[split]["accuracy/top1"] for split in ("all", "seen", "unseen")] == [0.75, 1.0, 0.5]
     assert [means[split]["style/sketch"] for split in ("all", "seen", "unseen")] == [0.25, 0.5, 0.0]
+    assert [means[split]["painted"] for split in ("all", "seen", "unseen")] == [0.25, 0.5, 0.0]
 
 
 def test_the_table_has_a_row_a_model_and_a_column_a_measure() -> None:

@@ -1,4 +1,4 @@
-"""What is measured of each picture: scores, whether it is its label, style, colourfulness, and a thumbnail.
+"""What is measured of each picture: scores, whether it is its label, style, strokes, colourfulness, and a thumbnail.
 
 Shape legend: B pictures of a chunk · H, W pixels · K classes.
 """
@@ -19,12 +19,14 @@ from trainer.judges import Classify, make_classifier
 from trainer.miniature.classifiers import predict
 from trainer.miniature.rating import colourfulness
 from trainer.miniature.render import STYLES
+from trainer.miniature.strokes import is_painted
 from trainer.miniature.weights import FILES, load_classifier
 from trainer.scoring import Scored
 
 THUMBNAIL = 16  # pixels a side; what pictures of a class are compared by
 SCORE = "score/"
-LABELS, RANKS, STYLE, COLOURFULNESS, THUMBNAILS = "labels", "ranks", "style", "colourfulness", "thumbnails"
+LABELS, RANKS, STYLE, PAINTED = "labels", "ranks", "style", "painted"
+COLOURFULNESS, THUMBNAILS = "colourfulness", "thumbnails"
 Arrays = dict[str, NDArray[np.float64] | NDArray[np.float32] | NDArray[np.int64]]
 
 
@@ -54,7 +56,7 @@ class Measures:
         self.identity: str = world
         if world == "miniature":
             parts = [hashlib.sha256(FILES[kind].read_bytes()).hexdigest() for kind in ("label", "style")]
-            self.identity = f"{world} {' '.join(parts)}"
+            self.identity = f"{world} {' '.join(parts)} {PAINTED}"
 
     @property
     def classifies(self) -> bool:
@@ -79,6 +81,7 @@ class Measures:
             arrays[RANKS] = label_ranks(self._classify(images_BHW3), labels_B)
         if self._style is not None:
             arrays[STYLE] = predict(self._style, images_BHW3).argmax(axis=1)
+            arrays[PAINTED] = is_painted(images_BHW3).astype(np.int64)
         return Begun(arrays, pending)
 
     @staticmethod

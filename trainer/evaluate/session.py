@@ -21,7 +21,7 @@ from trainer.distributed import Group
 from trainer.evaluate.bootstrap import LEVEL, REPLICATES
 from trainer.evaluate.chunks import Chunks, digest_of
 from trainer.evaluate.columns import Column, Scorers
-from trainer.evaluate.measures import COLOURFULNESS, LABELS, RANKS, SCORE, STYLE, THUMBNAILS, Begun
+from trainer.evaluate.measures import COLOURFULNESS, LABELS, PAINTED, RANKS, SCORE, STYLE, THUMBNAILS, Begun
 from trainer.evaluate.plan import Plan, make_plan
 from trainer.evaluate.rows import Row
 from trainer.evaluate.summary import summarise
@@ -149,7 +149,10 @@ def _measure(
     summary: dict[str, dict[str, object]] | None = None
     with group.together():
         if group.leads:
-            optional = [*([RANKS] if plan.measures.classifies else []), *([STYLE] if plan.measures.styles else [])]
+            optional = [
+                *([RANKS] if plan.measures.classifies else []),
+                *([STYLE, PAINTED] if plan.measures.styles else []),
+            ]
             names = [f"{SCORE}{column.name}" for column in plan.columns]
             arrays = chunks.join([*names, LABELS, COLOURFULNESS, THUMBNAILS, *optional])
             summary = summarise(

@@ -6,11 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.evaluate.bootstrap import Estimate, estimate_diversity, estimate_means
-from trainer.evaluate.measures import COLOURFULNESS, LABELS, RANKS, SCORE, STYLE, THUMBNAILS, Arrays
+from trainer.evaluate.measures import COLOURFULNESS, LABELS, PAINTED, RANKS, SCORE, STYLE, THUMBNAILS, Arrays
 from trainer.evaluate.picture_folder import UNLABELLED
 
 TOP1, TOP5, DIVERSITY = "accuracy/top1", "accuracy/top5", "diversity"
-STYLE_SHARE = "style/"
+STYLE_SHARE, PAINTED_SHARE = "style/", "painted"
 Split = dict[str, object]
 
 
@@ -51,6 +51,8 @@ def _split(arrays: Arrays, columns: Sequence[str], styles: Sequence[str]) -> Spl
     values[COLOURFULNESS] = arrays[COLOURFULNESS].astype(np.float64)
     for index, style in enumerate(styles):
         values[f"{STYLE_SHARE}{style}"] = (arrays[STYLE] == index).astype(np.float64)
+    if PAINTED in arrays:
+        values[PAINTED_SHARE] = arrays[PAINTED].astype(np.float64)
     estimates = dict(zip(values, estimate_means(np.stack(list(values.values()), axis=1), labels_N), strict=True))
     measures: dict[str, Split | None] = {TOP1: None, TOP5: None}
     measures |= {name: _measure(each, float(values[name].std())) for name, each in estimates.items()}

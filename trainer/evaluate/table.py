@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.evaluate.measures import COLOURFULNESS, SCORE
-from trainer.evaluate.summary import DIVERSITY, STYLE_SHARE, TOP1, TOP5
+from trainer.evaluate.summary import DIVERSITY, PAINTED_SHARE, STYLE_SHARE, TOP1, TOP5
 
-TITLES = {TOP1: "top-1 accuracy", TOP5: "top-5 accuracy"}
-SHARES = (TOP1, TOP5, STYLE_SHARE)
+TITLES = {TOP1: "top-1 accuracy", TOP5: "top-5 accuracy", PAINTED_SHARE: "painted, by pixels"}
+SHARES = (TOP1, TOP5, STYLE_SHARE, PAINTED_SHARE)
 DASH = "–"
 
 
@@ -33,7 +33,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _place(name: str) -> int:
-    order = (SCORE, TOP1, TOP5, COLOURFULNESS, DIVERSITY, STYLE_SHARE)
+    order = (SCORE, TOP1, TOP5, COLOURFULNESS, DIVERSITY, STYLE_SHARE, PAINTED_SHARE)
     return next(place for place, prefix in enumerate(order) if name.startswith(prefix))
 
 
