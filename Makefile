@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export PYTHONUNBUFFERED := 1
 
-.PHONY: run test test-slow test-compose test-k8s images drill bench bench-peers lint format lock clean
+.PHONY: run test test-slow test-compose test-k8s images reproduce drill bench bench-peers lint format lock clean
 
 run: $(VENV)/.ready
 	$(BIN)/python -m trainer.run
@@ -26,6 +26,11 @@ test-k8s: $(VENV)/.ready
 # bake and not `compose build`: the labels of that would make any container of these images one of the project's.
 images:
 	docker buildx bake -f docker-compose.yml
+
+# The paper's experiments in miniature: fills docs/results.md and writes runs/reproduce/report.html. Goes on where it was stopped.
+SEEDS ?= 0
+reproduce: $(VENV)/.ready
+	$(BIN)/python -m trainer.reproduce --seeds $(SEEDS) --results docs/results.md
 
 # What the machine at hand can measure; alone on it, or the seconds mean little. benchmarks/README.md has the tables.
 bench: $(VENV)/.ready

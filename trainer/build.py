@@ -10,11 +10,22 @@ import torch
 
 from trainer.config import Config, ConfigError
 from trainer.distributed import Group
+from trainer.evaluate.columns import served_names
+from trainer.inference.sources import WEIGHTS
 from trainer.judges import make_judge
 from trainer.loop import Learner
 from trainer.lora import add_lora, without_lora
 from trainer.miniature.weights import FILES, remedy
-from trainer.models.checkpoints import CheckpointError, check_pair, load_var, load_vqvae
+from trainer.models.checkpoints import (
+    PUBLISHED_FILES,
+    PUBLISHED_REPOSITORY,
+    PUBLISHED_VQVAE,
+    CheckpointError,
+    check_pair,
+    load_var,
+    load_vqvae,
+)
+from trainer.nearest import nearest
 from trainer.var_policy import VarPolicy
 
 
@@ -60,6 +71,40 @@ def weights_source(stage: str, wanted: str) -> str | Path:
     return FILES[stage]
 
 
+def check_names(config: Config) -> None:
+    """Check that rewards to be started and weights to be read are there, before anything is started or read.
+
+    Raises:
+        ConfigError: a reward without a url is none that can be served here.
+        CheckpointError: weights are neither a file nor published; either names the nearest that would do.
+        LocalRewardsError: the services cannot be asked which rewards there are.
+    """
+    for stage, wanted in (("var", config.model.var), ("vqvae", config.model.vqvae)):
+        _check_source(stage, wanted)
+    for section, rewards in (("rewards", config.rewards), ("eval.rewards", config.eval.rewards)):
+        for number, reward in enumerate(rewards):
+            if reward.url is None and reward.name not in served_names():
+                raise ConfigError(
+                    f"{section}.{number}.name: unknown reward {reward.name!r}, and it has no url; "
+                    f"{nearest(reward.name, served_names())}"
+                )
+
+
+def _check_source(stage: str, wanted: str) -> None:
+    path, setting = Path(weights_source(stage, wanted)), f"model.{stage}"
+    files = [file for file in PUBLISHED_FILES if (file == PUBLISHED_VQVAE) == (stage == "vqvae")]
+    published = [f"{PUBLISHED_REPOSITORY}:{file}" for file in files]
+    if path.is_file() or wanted in published:
+        return
+    folder = path if path.is_dir() else path.parent
+    beside = sorted(str(folder / entry.name) for entry in folder.glob("*") if entry.suffix in WEIGHTS)
+    if path.is_dir():
+        what = "expected a .safetensors or .pth file, this is a folder"
+    else:
+        what = "no such published checkpoint" if wanted.startswith(f"{PUBLISHED_REPOSITORY}:") else "no such file"
+    raise CheckpointError(f"{wanted}: {what}; {setting}: {nearest(wanted, ['miniature', *beside, *published])}")
+
+
 def make_learner(config: Config, group: Group, device: torch.device) -> Learner:
     """Loads policy, reference, tokenizer and judge, and makes the optimizer.
 
@@ -69,11 +114,13 @@ def make_learner(config: Config, group: Group, device: torch.device) -> Learner:
         device: of this rank.
 
     Raises:
-        ConfigError: a label is outside the model's classes.
+        ConfigError: a label is outside the model's classes, or a reward is unknown.
         CheckpointError: weights are missing or do not fit.
+        LocalRewardsError: the services cannot be asked which rewards there are.
         JudgeError: the classifier's weights cannot be had.
         LoraError: adapters cannot be added.
     """
+    check_names(config)
     sources = config.model
     var = load_var(weights_source("var", sources.var), device=device)
     vqvae = load_vqvae(weights_source("vqvae", sources.vqvae), patch_nums=var.config.patch_nums, device=device)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from trainer.config import ConfigError, RewardConfig
 from trainer.local_rewards import LocalRewards, LocalRewardsError
 from trainer.nearest import nearest
 from trainer.scoring import Scored, ScoreError, Scorer, collect
-from trainer.settings import Settings
+from trainer.settings import load_settings
 
 READY_S = 30.0
 
@@ -114,6 +115,7 @@ def columns_of(asked: Sequence[Asked]) -> tuple[Column, ...]:
     return tuple(columns)
 
 
+@cache
 def served_names() -> tuple[str, ...]:
     """The rewards that can be served here, as `python -m services list` knows them.
 
@@ -142,7 +144,7 @@ class Scorers:
         """Reach every service, until the stack is closed.
 
         Raises:
-            ConfigError: a prompt is missing, or of no use.
+            ConfigError: a prompt is missing or of no use, or a variable of the environment is wrong.
             RewardError: a service cannot be reached or is not ready in time.
         """
         for column in self._columns:
@@ -153,7 +155,7 @@ class Scorers:
                     {reward.name: reward.url or self._urls[reward.name]},
                     timeout_s=self._timeout_s,
                     ready_timeout_s=min(self._timeout_s, READY_S),
-                    token=Settings().token,
+                    token=load_settings().token,
                 )
             except ScoreError as error:
                 remedy = "give it --prompt TEXT" if reward.prompt is None else "leave its --prompt out"

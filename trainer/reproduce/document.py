@@ -1,0 +1,175 @@
+"""Writes the programme's tables into a Markdown page, between marks; what stands outside them is left as it is."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from trainer.config import ConfigError
+from trainer.evaluate.table import markdown_table
+from trainer.reproduce.claims import AESTHETIC, OLD_PICTURE, PAINTED, PAINTING, claims
+from trainer.reproduce.numbers import Numbers, Programme, measure_of
+from trainer.reproduce.stages import GROUPS, KL, PAPER, PRETRAINED
+from trainer.run_folder import write_text
+from trainer.sweep.table import rows as sweep_rows
+
+DASH = "–"
+MARK = "<!-- {edge}: {name} -->"
+STYLES = ("photo", "old picture", "painting", "sketch")
+
+
+def write(path: Path, programme: Programme) -> None:
+    """Fills every part of a page that stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`.
+
+    Args:
+        path: of the page.
+        programme: the numbers.
+
+    Raises:
+        ConfigError: a mark is missing.
+        OSError: it cannot be read or written.
+    """
+    parts = {
+        "provenance": provenance(programme),
+        "claims": claims_table(programme),
+        "runs": runs_table(programme),
+        "policies": policies_table(programme),
+        "table-1": table_1(programme),
+        "kl": sweep_table(programme, KL),
+        "groups": sweep_table(programme, GROUPS),
+    }
+    text = path.read_text("utf-8")
+    for name, content in parts.items():
+        begin, end = (MARK.format(edge=edge, name=name) for edge in ("begin", "end"))
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        if len(pattern.findall(text)) != 1:
+            raise ConfigError(f"{path}: needs the lines {begin} and {end} once, where the table goes; add them")
+        text = pattern.sub(lambda _, new=f"{begin}\n{content}\n{end}": new, text)  # type: ignore[misc]
+    write_text(path, text)
+
+
+def provenance(programme: Programme) -> str:
+    """Where the numbers are from: command, hardware, versions, day and commit."""
+    content = next(iter(programme.plain.values()))
+    device = processor() if content["device"] == "cpu" else content["device"]
+    cores = f"{len(os.sched_getaffinity(0))} cores of " if content["device"] == "cpu" else ""
+    seeds = ",".join(map(str, programme.seeds))
+    return (
+        f"`python -m trainer.reproduce --seeds {seeds}`: {cores}{device}, torch {content['torch']}, "
+        f"{datetime.now(UTC):%Y-%m-%d}, commit {commit()}."
+    )
+
+
+def processor() -> str:
+    """The processor's name, as Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return "a CPU"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "a CPU")
+
+
+def commit() -> str:
+    """The commit that is checked out, short; `unknown` outside a repository."""
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    done = subprocess.run(
+        [git, "rev-parse", "--short", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def claims_table(programme: Programme) -> str:
+    """A row a claim: its bar, every seed, all seeds together, whether it holds."""
+    head = ["claim of the paper", "bar", *(f"seed {seed}" for seed in programme.seeds), "together", "holds"]
+    found = claims(programme)
+    return table(
+        head,
+        [[each.text, each.bar, *each.seeds, each.together, "yes" if each.holds else "**no**"] for each in found],
+        left=2,
+    )
+
+
+def runs_table(programme: Programme) -> str:
+    """A row a run of the paper's experiments, before → after."""
+    head = ["experiment", "seed", "score", "success", "label accuracy", "KL", "steps", "seconds"]
+    lines = []
+    for point in programme.points(PAPER):
+        for seed in programme.seeds:
+            run = programme.run(PAPER, point, seed)
+            scores = [name for name in run["before"] if name.startswith("raw_score/")]
+            lines.append(
+                [
+                    point,
+                    str(seed),
+                    "; ".join(_change(run, name, "{:.3f}") for name in scores),
+                    _change(run, "success_rate", "{:.1%}"),
+                    _change(run, "label_accuracy", "{:.1%}"),
+                    DASH if run["kl"] is None else f"{run['kl']:.3f}",
+                    str(run["steps"]),
+                    f"{run['seconds']:,.0f}",
+                ]
+            )
+    return table(head, lines)
+
+
+def _change(run: Numbers, name: str, form: str) -> str:
+    before, after = run["before"].get(name), run["after"].get(name)
+    return DASH if after is None else f"{form.format(before)} → {form.format(after)}".replace("%", " %")
+
+
+def policies_table(programme: Programme) -> str:
+    """What the plain samples of each policy are: means over the seeds, with the least and the greatest."""
+    columns: list[tuple[str, str, str]] = [
+        ("rating", AESTHETIC, "{:.2f}"),
+        ('"an old picture"', OLD_PICTURE, "{:.3f}"),
+        ('"a painting"', PAINTING, "{:.3f}"),
+        ("label", "accuracy/top1", "{:.1%}"),
+        *((f"{style}, by the judge", f"style/{style}", "{:.1%}") for style in STYLES),
+        ("painted, by pixels", PAINTED, "{:.1%}"),
+        ("colourfulness", "colourfulness", "{:.0f}"),
+        ("diversity", "diversity", "{:.3f}"),
+    ]
+    rows = [row["name"] for row in programme.plain[programme.seeds[0]]["rows"]]
+    lines = [[name, *(_spread(programme, name, measure, form) for _, measure, form in columns)] for name in rows]
+    return table(["policy", *(title for title, _, _ in columns)], lines)
+
+
+def _spread(programme: Programme, row: str, measure: str, form: str) -> str:
+    values = [measure_of(programme.plain[seed], row, measure) for seed in programme.seeds]
+    low, mean, high = (form.format(value) for value in (min(values), fmean(values), max(values)))
+    return (mean if low == high or row == PRETRAINED else f"{mean} [{low}, {high}]").replace("%", " %")
+
+
+def table_1(programme: Programme) -> str:
+    """The paper's Table 1, of the first seed, by samples as at inference, with 95 % intervals over images."""
+    return markdown_table(programme.inference["rows"]).strip()
+
+
+def sweep_table(programme: Programme, sweep: str) -> str:
+    """A row a point of a sweep: means over the seeds, with the least and the greatest."""
+    content: dict[str, Any] = dict(programme.sweeps[sweep])
+    content["points"] = [
+        {**point, "runs": [run for run in point["runs"] if run["seed"] in programme.seeds]}
+        for point in content["points"]
+    ]
+    head, lines = sweep_rows(content)
+    return table(head, [[cell.replace("%", " %") for cell in line] for line in lines])
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """A Markdown table; the first columns to the left, the others to the right."""
+    escape: Callable[[str], str] = lambda cell: cell.replace("|", "\\|")  # noqa: E731 - a name for what follows
+    cells = [[escape(cell) for cell in line] for line in (head, *lines)]
+    rule = ["---" if column < left else "---:" for column in range(len(head))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (cells[0], rule, *cells[1:]))
