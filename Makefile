@@ -39,6 +39,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.overlap
 	$(BIN)/python -m benchmarks.idle_latency
 	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.queue
 
 # The environments that benchmarks.serving compares with; several GB, because each has a torch.
 bench-peers: $(VENV)/.ready

@@ -26,6 +26,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from services.protocol import Limits, ScoreRequest
+from services.rgb import to_rgb
 
 ImagesBHWC = NDArray[np.uint8]
 
@@ -39,17 +40,6 @@ HEADER_LENGTH = struct.Struct("<Q")
 
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 PNG_DEPTH_BYTE = 24
-EXIF_ORIENTATION = 0x0112
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What turns a picture upright, by its EXIF orientation."""
 
 
 class BodyError(ValueError):
@@ -284,7 +274,7 @@ def decode_picture(data: bytes, index: int, limits: Limits, *, room_bytes: int) 
             picture.load()
             if picture.format == "PNG" and data[PNG_DEPTH_BYTE] == 16:
                 picture.info.pop("transparency", None)  # a 16-bit key, which Pillow would compare with 8-bit pixels
-            return _to_rgb(picture)
+            return to_rgb(picture)
     except (BodyError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -387,25 +377,3 @@ def _base64_files(texts: Sequence[str]) -> Iterator[bytes]:
             yield base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError):
             raise ItemInvalid(index, f"image {index} is not base64: send the file's bytes in standard base64") from None
-
-
-def _to_rgb(picture: Image.Image) -> NDArray[np.uint8]:
-    """Turn a decoded picture of any mode into uint8 (H, W, 3)."""
-    turn = UPRIGHT.get(_orientation(picture))
-    if turn is not None:
-        picture = picture.transpose(turn)
-    if picture.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion to 8 bits clips it
-        grey_HW = np.clip(np.asarray(picture).astype(np.int64), 0, 2**16 - 1) >> 8
-        return np.repeat(grey_HW.astype(np.uint8)[:, :, None], 3, axis=2)
-    if picture.has_transparency_data:
-        colour = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour)
-    return np.array(picture.convert("RGB"), dtype=np.uint8)
-
-
-def _orientation(picture: Image.Image) -> int:
-    """The EXIF orientation; 1, upright, where there is none that can be read."""
-    try:
-        return int(picture.getexif().get(EXIF_ORIENTATION, 1))
-    except Exception:  # noqa: BLE001 - on broken EXIF Pillow fails in any way; the pixels are whole all the same
-        return 1

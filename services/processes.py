@@ -19,6 +19,8 @@ LISTEN_BACKLOG = 2048
 LAST_PORT = 65535
 LARGE_BYTES = 2**20
 """Buffers of this size go back to the system when they are freed."""
+KEPT_BYTES = 8 * 2**20
+"""Free memory that malloc keeps at its end: the pieces of the bodies that are being read come and go there."""
 
 
 class StartError(RuntimeError):
@@ -41,13 +43,13 @@ def return_freed_memory() -> None:
     """Give the memory of large buffers back to the system when they are freed (mallopt(3); glibc alone).
 
     By itself it learns to keep what is often asked for: bodies of all sizes on many threads then add up over the days.
-    What is smaller than `LARGE_BYTES` is kept: asyncio reads a socket in pieces of 256 KiB, and a piece whose memory is
-    new each time costs a page fault for every 4 KiB.
+    What is smaller than `LARGE_BYTES` is kept, up to `KEPT_BYTES` of it: asyncio reads a socket in pieces of 256 KiB,
+    and a piece whose memory is new each time costs a page fault for every 4 KiB.
     """
     m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((m_trim_threshold, LARGE_BYTES), (m_mmap_threshold, LARGE_BYTES), (m_arena_max, 2)):
+        for parameter, value in ((m_trim_threshold, KEPT_BYTES), (m_mmap_threshold, LARGE_BYTES), (m_arena_max, 2)):
             mallopt(parameter, value)
 
 

@@ -12,7 +12,8 @@ from redis.exceptions import RedisError
 
 from services.batching import lua
 from services.batching.errors import DeadlinePassed, KeyReused, QueueAway
-from services.batching.streams import Keys, end
+from services.batching.keys import Keys
+from services.batching.streams import end
 
 logger = logging.getLogger(__name__)
 

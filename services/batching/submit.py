@@ -9,22 +9,20 @@ import json
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from services.batching import lua
 from services.batching.answers import Answers
 from services.batching.calls import Calls
-from services.batching.errors import DeadlinePassed, QueueAway, QueueFull, ScoringFailed
-from services.batching.shared import Area
-from services.batching.streams import GROUP, KEY_TTL_MS, QUEUE_GONE, Keys, Reply, end, say_alive, tidy
+from services.batching.errors import DeadlinePassed, QueueAway, QueueFull
+from services.batching.jobs import Job, Submitted, collect
+from services.batching.keys import Keys
+from services.batching.streams import GROUP, KEY_TTL_MS, QUEUE_GONE, Reply, end, say_alive, tidy
 from services.batching.survey import Events, Survey
-from services.images import Batch, encode_batch
+from services.images import encode_batch
 
 logger = logging.getLogger(__name__)
 
@@ -34,93 +32,6 @@ SHARE_AGAIN_S = 60.0
 """How long payloads go through Redis after one that was shared could not be read."""
 CLEAN_UP_S = 0.5
 """How long a request waits for its own cleaning up."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """Consecutive images of one request, all of one size.
-
-    Attributes:
-        images_BHWC: uint8 (B, H, W, 3); perhaps a view of the request's body.
-        prompts: one for each image, or None.
-        shared: what a worker of this host finds both by in shared memory; empty where they are not there.
-    """
-
-    images_BHWC: NDArray[np.uint8]
-    prompts: Sequence[str] | None
-    shared: str = ""
-
-
-@dataclass(slots=True, eq=False)
-class _Submitted:
-    """A job on its way, kept until it is answered.
-
-    Attributes:
-        uid: its name.
-        content: what to submit again, should Redis lose it.
-        request: name of its request in the logs.
-        gives_up_s: its deadline, by the clock of the event loop.
-        reply: what is awaited.
-        entry: id of its entry in the stream; None until it is there.
-        is_sent: whether Redis may hold anything of it.
-        lost: whether a worker has said that it cannot get at the images.
-        is_shared: whether a worker is to find the images in shared memory, not in Redis.
-    """
-
-    uid: str
-    content: Job
-    request: str
-    gives_up_s: float
-    reply: asyncio.Future[Reply]
-    entry: bytes | None = None
-    is_sent: bool = False
-    lost: bool = False
-    is_shared: bool = False
-
-    @property
-    def images(self) -> int:
-        return len(self.content.images_BHWC)
-
-    @property
-    def size_bytes(self) -> int:
-        return self.content.images_BHWC.nbytes
-
-    @property
-    def left_ms(self) -> int:
-        return max(1, int(1000 * (self.gives_up_s - asyncio.get_running_loop().time())))
-
-
-def split_batch(
-    batch: Batch, *, job_images: int, job_bytes: int, area: Area | None = None, body_bytes: int = 0
-) -> list[Job]:
-    """Cut a batch into jobs that keep its order.
-
-    Args:
-        batch: the images of a request, of any mix of sizes.
-        job_images: most images in a job.
-        job_bytes: most bytes of pixels in a job of more than one image.
-        area: where the whole batch lies as a safetensors file, if it does.
-        body_bytes: the size of that file.
-
-    Returns:
-        The jobs; laid end to end they are the batch.
-    """
-    jobs = []
-    start = 0
-    count = len(batch.images_HWC)
-    while start < count:
-        first = batch.images_HWC[start]
-        most = max(1, min(job_images, job_bytes // first.nbytes))
-        stop = start + 1
-        while stop < min(count, start + most) and batch.images_HWC[stop].shape == first.shape:
-            stop += 1
-        prompts = None if batch.prompts is None else batch.prompts[start:stop]
-        whole_BHWC = batch.whole_BHWC
-        images_BHWC = np.stack(batch.images_HWC[start:stop]) if whole_BHWC is None else whole_BHWC[start:stop]
-        shared = "" if area is None else area.reference(body_bytes, start, stop)
-        jobs.append(Job(images_BHWC, prompts, shared))
-        start = stop
-    return jobs
 
 
 class SubmitQueue:
@@ -155,7 +66,7 @@ class SubmitQueue:
         self._alive_ms = max(1, lease_ms // 2)
         self._reply_key = keys.replies(uuid.uuid4().hex)
         self._answers = Answers(redis, keys, lease_ms=min(lease_ms, 5000), ttl_s=answer_ttl_s)
-        self._submitted: dict[str, _Submitted] = {}
+        self._submitted: dict[str, Submitted] = {}
         self._look_now = asyncio.Event()
         self._away: str | None = None
         self._cleaning: set[asyncio.Task[None]] = set()
@@ -247,7 +158,7 @@ class SubmitQueue:
         loop = asyncio.get_running_loop()
         name, gives_up_s = uuid.uuid4().hex, loop.time() + deadline_s
         submitted = [
-            _Submitted(f"{name}-{number}", job, request, gives_up_s, loop.create_future())
+            Submitted(f"{name}-{number}", job, request, gives_up_s, loop.create_future())
             for number, job in enumerate(jobs)
         ]
         self._submitted.update((job.uid, job) for job in submitted)
@@ -257,7 +168,7 @@ class SubmitQueue:
                     await self._submit_shared(submitted)
                 else:
                     await self._submit(name, submitted)
-                return await _collect(submitted)
+                return await collect(submitted)
         except TimeoutError:
             why = f" ({self._away})" if self._away else ""
             raise DeadlinePassed(f"no score within the deadline of {deadline_s:.3g} s{why}: allow more time") from None
@@ -269,7 +180,7 @@ class SubmitQueue:
             if left := [job for job in submitted if job.is_sent and not job.reply.done()]:
                 await self._clean_up(self._drop(left))
 
-    async def _submit_shared(self, submitted: Sequence[_Submitted]) -> None:
+    async def _submit_shared(self, submitted: Sequence[Submitted]) -> None:
         """Put all jobs into the stream at once, if there is room: what is shared needs no upload and no reservation."""
         for job in submitted:
             job.is_sent = job.is_shared = True
@@ -285,7 +196,7 @@ class SubmitQueue:
         with contextlib.suppress(RedisError, OSError, QueueFull):
             await task
 
-    async def _put_shared(self, submitted: Sequence[_Submitted]) -> None:
+    async def _put_shared(self, submitted: Sequence[Submitted]) -> None:
         parts: list[str | int] = []
         for job in submitted:
             parts += (job.uid, job.images, job.size_bytes, job.content.shared)
@@ -309,7 +220,7 @@ class SubmitQueue:
             f"exceed the limit of {self._queue_images} images or {self._queue_bytes} bytes: try again later"
         )
 
-    async def _submit(self, name: str, submitted: Sequence[_Submitted]) -> None:
+    async def _submit(self, name: str, submitted: Sequence[Submitted]) -> None:
         """Reserve room, upload the payloads, and put all jobs into the stream at once."""
         images, size_bytes = sum(job.images for job in submitted), sum(job.size_bytes for job in submitted)
         member = f"{name}:{images}:{size_bytes}"
@@ -336,12 +247,12 @@ class SubmitQueue:
         task.add_done_callback(self._cleaning.discard)
         await asyncio.wait([task], timeout=CLEAN_UP_S)
 
-    async def _upload(self, job: _Submitted) -> None:
+    async def _upload(self, job: Submitted) -> None:
         job.is_sent = True
         payload = encode_batch(job.content.images_BHWC, job.content.prompts)
         await self._redis.set(self._keys.payload(job.uid), payload, px=self._upload_ms)
 
-    async def _put(self, submitted: Sequence[_Submitted], member: str, *, again: bool = False) -> None:
+    async def _put(self, submitted: Sequence[Submitted], member: str, *, again: bool = False) -> None:
         """Turn a reservation into entries of the stream, all in one step."""
         parts = [part for job in submitted for part in (job.uid, job.images, job.size_bytes)]
         totals = [sum(job.images for job in submitted), sum(job.size_bytes for job in submitted)]
@@ -368,7 +279,7 @@ class SubmitQueue:
                 await enqueuing
             await self._withdraw(keys=[self._keys.uploads, self._keys.load], args=[member, images, size_bytes])
 
-    async def _drop(self, jobs: Sequence[_Submitted]) -> None:
+    async def _drop(self, jobs: Sequence[Submitted]) -> None:
         """Take jobs that nobody waits for out of the queue; if Redis is away, whoever tidies up does it later."""
         with contextlib.suppress(RedisError, OSError):
             for job in jobs:
@@ -451,29 +362,10 @@ class SubmitQueue:
             if not job.reply.done() and job.uid in self._submitted:
                 await self._resubmit(job)
 
-    async def _resubmit(self, job: _Submitted) -> None:
+    async def _resubmit(self, job: Submitted) -> None:
         logger.warning("job submitted again: it or its images were lost", extra={"fields": {"request": job.request}})
         job.is_shared = False
         await self._upload(job)
         await self._put([job], f"{job.uid}:again", again=True)
         if job.uid not in self._submitted:  # its caller has left meanwhile
             await self._drop([job])
-
-
-async def _collect(submitted: Sequence[_Submitted]) -> list[Reply]:
-    """Wait for all replies, or for the first error.
-
-    Raises:
-        DeadlinePassed, ScoringFailed: a worker said so.
-    """
-    starts = np.cumsum([0, *(job.images for job in submitted[:-1])]).tolist()
-    pending = {job.reply: start for job, start in zip(submitted, starts, strict=True)}
-    while pending:
-        done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-        for future in done:
-            reply, start = future.result(), pending.pop(future)
-            if reply.expired:
-                raise DeadlinePassed(reply.error or "the deadline passed")
-            if reply.error is not None:
-                raise ScoringFailed(reply.error, None if reply.index is None else start + reply.index)
-    return [job.reply.result() for job in submitted]

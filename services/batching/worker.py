@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 
 from services.batching.batcher import Batcher
 from services.batching.streams import QUEUE_GONE, Delivery, Reply, WorkQueue, end
-from services.images import Batch, BodyError, decode_batch
+from services.images import Batch, BodyError, BodyMalformed, decode_batch
 from services.protocol import Limits
 from services.rewards.base import Reward, UnfitImage
 
@@ -282,7 +282,7 @@ class Worker:
                 await self._queue.reply(delivery, Reply(error=lost, lost=True, queue_ms=queue_ms))
             else:
                 try:
-                    works.append(_Work(delivery, decode_batch(loaded.payload, ANY_SIZE).part(loaded.part), queue_ms))
+                    works.append(_Work(delivery, _images_of(delivery, loaded.payload, loaded.part), queue_ms))
                 except BodyError as error:
                     await self._queue.reply(delivery, Reply(error=f"the job is damaged: {error}", queue_ms=queue_ms))
         return works
@@ -351,6 +351,18 @@ class Worker:
             raise
         except BaseException as error:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def _images_of(delivery: Delivery, payload: bytes | memoryview, part: slice) -> Batch:
+    """The images of a job.
+
+    Raises:
+        BodyError: the payload does not hold them; shared memory may hold another request by now, of other sizes.
+    """
+    batch = decode_batch(payload, ANY_SIZE).part(part)
+    if len(batch.images_HWC) != delivery.images:
+        raise BodyMalformed(f"{len(batch.images_HWC)} images where {delivery.images} were submitted")
+    return batch
 
 
 def _reply(scores_B: NDArray[np.float64], queue_ms: float, score_ms: float) -> Reply:

@@ -11,8 +11,8 @@ import numpy as np
 from python_multipart.multipart import parse_options_header
 
 from services import protocol
+from services.batching.jobs import Job, split_batch
 from services.batching.shared import Lease
-from services.batching.submit import Job, split_batch
 from services.http.multipart import decode_multipart
 from services.http.problems import ProblemError
 from services.images import Batch, batch_head, decode_batch, decode_json

@@ -5,6 +5,8 @@ import asyncio
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from services.http.receive_buffer import HandingBuffer
+
 
 def patient_protocol(patience_s: float) -> type[H11Protocol]:
     """Make the protocol of a server.
@@ -23,6 +25,7 @@ def patient_protocol(patience_s: float) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             """Begin to wait for the first head."""
+            self.conn._receive_buffer = HandingBuffer()
             super().connection_made(transport)
             self._wait_for_head()
 

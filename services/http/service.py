@@ -14,9 +14,9 @@ from fastapi import Request
 
 from services import protocol
 from services.batching.errors import DeadlinePassed, KeyReused, QueueAway, QueueError, QueueFull, ScoringFailed
+from services.batching.jobs import Job
 from services.batching.shared import Areas, Lease
 from services.batching.streams import Reply
-from services.batching.submit import Job
 from services.batching.survey import Survey
 from services.http.bodies import Body, Decoder, Prepared, decoder_of, prepare
 from services.http.metrics import Metrics

@@ -12,7 +12,8 @@ from typing import Any
 import uvicorn
 
 from services.app import create_app
-from services.batching.streams import Keys, connect
+from services.batching.keys import Keys
+from services.batching.streams import connect
 from services.batching.submit import SubmitQueue
 from services.http.connection import patient_protocol
 from services.processes import EXIT_INTERRUPTED, StartError, announce, return_freed_memory, url_of

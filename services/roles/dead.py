@@ -11,7 +11,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from services.batching.errors import QueueAway
-from services.batching.streams import Keys, connect
+from services.batching.keys import Keys
+from services.batching.streams import connect
 from services.processes import StartError
 from services.rewards import create_reward
 from services.settings import Settings

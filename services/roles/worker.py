@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 from redis.exceptions import RedisError
 
-from services.batching.streams import Keys, WorkQueue, connect
+from services.batching.keys import Keys
+from services.batching.streams import WorkQueue, connect
 from services.batching.worker import QueueGone, ScorerHung, Worker, WorkerLimits
 from services.processes import EXIT_INTERRUPTED, StartError, announce, describe, stop_on_signals
 from services.rewards import create_reward

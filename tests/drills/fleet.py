@@ -18,7 +18,8 @@ import httpx
 from redis import Redis
 from redis.exceptions import RedisError
 
-from services.batching.streams import GROUP, Keys
+from services.batching.keys import Keys
+from services.batching.streams import GROUP
 from services.redis_server import find_redis
 from tests.services.conftest import ROOT, wait_until
 

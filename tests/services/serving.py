@@ -10,8 +10,8 @@ import httpx
 from services import protocol
 from services.app import create_app
 from services.batching.errors import KeyReused, QueueAway, QueueError
+from services.batching.jobs import Job
 from services.batching.streams import Reply
-from services.batching.submit import Job
 from services.batching.survey import Survey
 from services.rewards.base import Reward
 from services.rewards.brightness import Brightness

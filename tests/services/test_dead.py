@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from redis import Redis
 
-from services.batching.streams import Keys
+from services.batching.keys import Keys
 from tests.services.conftest import Process
 
 pytestmark = pytest.mark.redis

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from redis import Redis
 
-from services.batching.streams import Keys
+from services.batching.keys import Keys
 from services.images import encode_batch
 from services.protocol import HEADER_DEADLINE_MS, HEADER_IDEMPOTENCY_KEY, MEDIA_SAFETENSORS
 from services.redis_server import RedisServer

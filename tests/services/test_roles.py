@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from redis import Redis
 
-from services.batching.streams import GROUP, Keys
+from services.batching.keys import Keys
+from services.batching.streams import GROUP
 from services.images import encode_batch
 from services.protocol import HEADER_REQUEST_ID, MEDIA_SAFETENSORS
 from services.redis_server import RedisServer

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from redis import Redis
 
-from services.batching.streams import GROUP, Keys
+from services.batching.keys import Keys
+from services.batching.streams import GROUP
 from services.client import RewardClient, RewardRefused, ScoreResult
 from services.images import encode_batch
 from services.protocol import MEDIA_SAFETENSORS

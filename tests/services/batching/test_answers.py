@@ -8,7 +8,8 @@ from redis.asyncio import Redis
 
 from services.batching.answers import Answers
 from services.batching.errors import DeadlinePassed, KeyReused, QueueAway
-from services.batching.streams import Keys, connect
+from services.batching.keys import Keys
+from services.batching.streams import connect
 from tests.services.batching.workbench import KEYS
 from tests.services.conftest import wait_until_async
 

@@ -9,8 +9,9 @@ import pytest
 from redis.asyncio import Redis
 
 from services.batching.errors import DeadlinePassed, QueueAway, QueueFull, ScoringFailed
+from services.batching.jobs import split_batch
 from services.batching.streams import Delivery, Reply, connect
-from services.batching.submit import SubmitQueue, split_batch
+from services.batching.submit import SubmitQueue
 from services.batching.worker import ScorerHung, Worker, WorkerLimits
 from services.images import Batch
 from services.rewards.base import Reward

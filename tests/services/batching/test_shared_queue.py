@@ -7,8 +7,9 @@ import pytest
 from redis.asyncio import Redis
 
 from services.batching.errors import QueueFull
+from services.batching.jobs import Job
 from services.batching.shared import Areas, is_supported
-from services.batching.submit import Job, SubmitQueue
+from services.batching.submit import SubmitQueue
 from services.http.bodies import prepare
 from services.images import decode_batch, encode_batch
 from services.protocol import Limits

@@ -6,8 +6,10 @@ from collections.abc import AsyncIterator, Sequence
 
 from redis.asyncio import Redis
 
-from services.batching.streams import GROUP, Keys, Reply, WorkQueue
-from services.batching.submit import Job, SubmitQueue, split_batch
+from services.batching.jobs import Job, split_batch
+from services.batching.keys import Keys
+from services.batching.streams import GROUP, Reply, WorkQueue
+from services.batching.submit import SubmitQueue
 from services.batching.worker import Worker, WorkerLimits
 from services.images import Batch
 from services.rewards.base import Reward
