@@ -9,26 +9,23 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import nn
 
 from services.client import RewardClient, ScoreResult
-from services.rewards.openclip import OPENAI_MARKS, create_model
+from services.rewards.openclip import OPENAI_MARKS
 from tests.services.conftest import Process
 from tests.services.rewards.models import noise, photograph
+from tests.vit_l_14 import MODEL, ON_A_CPU, environment, make_model, save_head, save_model
 
 pytestmark = [pytest.mark.redis, pytest.mark.slow, pytest.mark.timeout(600)]
 
-MODEL = "ViT-L-14-quickgelu"
 PROMPTS = ["an old picture", "a painting", "a painting"]
-ENVIRONMENT = {"REWARD_MAX_BATCH": "4", "REWARD_SCORE_TIMEOUT_S": "120"}
 
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    """Its half-precision numbers in float32, so that files in half precision hold the very same."""
-    torch.manual_seed(0)
-    return create_model(MODEL, {}).eval().half().float()
+    """Its numbers are what files in half precision hold."""
+    return make_model()
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +33,15 @@ def weights(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """Its weights in the two layouts."""
     folder = tmp_path_factory.mktemp("vit-l-14")
     state = {name: entry.half() for name, entry in model.state_dict().items()}
-    save_file(state, folder / "open_clip.safetensors")
     marks = dict(zip(OPENAI_MARKS, (torch.tensor(224), torch.tensor(77), torch.tensor(49408)), strict=True))
     torch.save(state | marks, folder / "openai_layout.pt")
-    return {"open_clip": folder / "open_clip.safetensors", "openai": folder / "openai_layout.pt"}
+    return {"open_clip": save_model(model, folder), "openai": folder / "openai_layout.pt"}
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random head in the published shape."""
-    from tests.services.rewards.test_head import layers
-
-    path = tmp_path_factory.mktemp("head") / "head.pth"
-    torch.save(layers(), path)
-    return path
+    return save_head(tmp_path_factory.mktemp("head"))
 
 
 @pytest.fixture(scope="module")
@@ -95,19 +87,13 @@ def test_it_is_served_on_the_cpu_end_to_end(
     """`clip` and `aesthetic` by HTTP, queue and worker score as open_clip does by hand, whichever layout they read."""
     from services.rewards.head import load_head
 
-    environment = {
-        **ENVIRONMENT,
-        "REDIS_URL": redis_url,
-        "REWARD_CLIP_WEIGHTS": str(weights[layout]),
-        "REWARD_AESTHETIC_WEIGHTS": str(weights[layout]),
-        "REWARD_AESTHETIC_HEAD": str(head),
-    }
+    settings = ON_A_CPU | environment(weights[layout], head) | {"REDIS_URL": redis_url}
     vectors, texts = by_hand(model, pictures)
     for name, prompts, expected, bound in (
         ("clip", PROMPTS, (vectors * texts).sum(dim=1).numpy(), 2e-3),
         ("aesthetic", None, load_head(head)(vectors), 0.05),
     ):
-        service = start("serve", name, "--port", "0", "--announce", **environment)
+        service = start("serve", name, "--port", "0", "--announce", **settings)
         answer = score(service.announced()["rewards"][name], pictures, prompts)
         assert answer.scores == pytest.approx(expected, abs=bound)
         assert answer.reward == name
