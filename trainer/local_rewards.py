@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self
 
 STOP_S = 8.0  # between the gentler and the harder ways of stopping
+START_S = 960.0  # a first start downloads weights; the services' own supervisor gives up a minute earlier, and says why
 
 
 class LocalRewardsError(RuntimeError):
@@ -31,7 +32,7 @@ class LocalRewards:
         timeout_s: seconds until all of them must be ready.
     """
 
-    def __init__(self, names: Sequence[str], log: Path, *, timeout_s: float = 120.0) -> None:
+    def __init__(self, names: Sequence[str], log: Path, *, timeout_s: float = START_S) -> None:
         self._names, self._log, self._timeout_s = tuple(names), log, timeout_s
         self._process: subprocess.Popen[str] | None = None
         self._stopping = False
