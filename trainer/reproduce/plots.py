@@ -19,6 +19,7 @@ REWARD_COLOUR, LABEL_COLOUR = "#c2571a", "#2a6f97"
 CELL, GAP = 64, 2  # pixels of a grid's samples, and between them
 SHOWN = (0, 1, 2, 3, 4, 5)  # columns of a grid, of which a strip shows the first row
 ZOOM = 2
+STRIPS = ("old-picture", "painting", "painting-aesthetic")  # experiments whose progress is shown
 
 
 def draw_all(folder: Path, programme: Programme, pictures: Path) -> list[Path]:
@@ -36,7 +37,8 @@ def draw_all(folder: Path, programme: Programme, pictures: Path) -> list[Path]:
     for run in plan_of(folder, PAPER).runs(programme.seeds[:1]):
         drawn.append(pictures / f"{run.recipe}.png")
         draw_run(folder_of(run), drawn[-1])
-        draw_strip(folder_of(run) / "grids", pictures / f"strip-{run.recipe}.png")
+        if run.point in STRIPS:
+            draw_strip(folder_of(run) / "grids", pictures / f"strip-{run.recipe}.png")
     draw_ablation(programme, KL, "β, the weight of the KL", pictures / "mini-kl.png")
     draw_ablation(programme, GROUPS, "G, samples a group, at equal images and updates", pictures / "mini-groups.png")
     return drawn
