@@ -209,7 +209,8 @@ class Run:
         for pid in new:
             with suppress(OSError):
                 command = Path(f"/proc/{pid}/cmdline").read_bytes()
-                if b"\0services\0" in command or b"redis-server" in command:
+                asks = command.endswith(b"\0services\0list\0")  # what rewards there are, and is gone
+                if (b"\0services\0" in command and not asks) or b"redis-server" in command:
                     self._services.add(pid)
         return self._services
 

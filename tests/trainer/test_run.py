@@ -215,10 +215,14 @@ def test_weights_and_biases_get_the_same_numbers(start: Start, recipe: Path, mon
 
 
 @pytest.mark.redis
-def test_a_reward_that_cannot_be_started_is_one_line(run_here: RunHere, recipe: Path) -> None:
+def test_a_reward_that_cannot_be_started_is_one_line(
+    run_here: RunHere, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the services' own words."""
-    outcome = run_here(recipe, "--rewards.0.name", "brigthness")
-    assert_failed(outcome, "unknown reward 'brigthness'", "services.log")
+    monkeypatch.setenv("REWARD_CLIP_WEIGHTS", str(tmp_path / "missing.pt"))
+    shape = ("--rewards.0.shape", "{scale: 1}")
+    outcome = run_here(recipe, "--rewards.0.name", "clip", "--rewards.0.prompt", "a painting", *shape)
+    assert_failed(outcome, "missing.pt", "services.log")
     assert_nothing_saved(recipe)
 
 
