@@ -1,4 +1,8 @@
-"""The bare handler: `python -m benchmarks.bare WORKLOAD PORT`, which scores in a thread and has nothing in between."""
+"""The bare handler: `python -m benchmarks.bare WORKLOAD PORT [fast]` scores in a thread, with nothing in between.
+
+It runs as `pip install fastapi uvicorn` has it, with asyncio's loop and h11; `fast` takes uvloop and httptools, as our
+services do.
+"""
 
 import asyncio
 import sys
@@ -26,4 +30,6 @@ def app_of(workload: str) -> FastAPI:
 
 
 if __name__ == "__main__":
-    uvicorn.run(app_of(sys.argv[1]), host="127.0.0.1", port=int(sys.argv[2]), log_config=None, access_log=False)
+    loop, http = ("uvloop", "httptools") if "fast" in sys.argv else ("asyncio", "h11")
+    where = {"host": "127.0.0.1", "port": int(sys.argv[2])}
+    uvicorn.run(app_of(sys.argv[1]), loop=loop, http=http, log_config=None, access_log=False, **where)

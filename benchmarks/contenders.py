@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.machine import ROOT
 from services.protocol import MEDIA_SAFETENSORS, SCORE_PATH
+from trainer.machine import ROOT
 
 BINARY = "application/octet-stream"
 BOUNDARY = "benchmark-of-serving"
@@ -47,7 +47,12 @@ def _ours(workload: str, port: int) -> list[str]:
     return [sys.executable, "-m", "services", "serve", REWARD_OF[workload], "--port", str(port), "--announce"]
 
 
-BARE = Contender("bare handler", lambda workload, port: [sys.executable, "-m", "benchmarks.bare", workload, str(port)])
+def _bare(*options: str) -> Callable[[str, int], list[str]]:
+    return lambda workload, port: [sys.executable, "-m", "benchmarks.bare", workload, str(port), *options]
+
+
+BARE = Contender("bare handler", _bare())
+BARE_FAST = Contender("… with uvloop, httptools", _bare("fast"))
 OURS = Contender("ours", _ours, form=True)
 PEERS = (
     Contender(

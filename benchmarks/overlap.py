@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine
 from services.rewards.brightness import Brightness
+from trainer import machine
 from trainer.build import make_learner
 from trainer.config import Config
 from trainer.distributed import Group

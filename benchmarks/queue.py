@@ -30,7 +30,6 @@ from redis import Redis
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine
 from benchmarks.contenders import OURS, request_of
 from benchmarks.load import TIMEOUT_S, load
 from benchmarks.serving import stop
@@ -39,6 +38,7 @@ from services.batching.keys import Keys
 from services.images import encode_batch
 from services.redis_server import RedisServer
 from services.settings import environment_of_children
+from trainer import machine
 
 PARTS = ("workers", "aof", "memory")
 KEYS = Keys(Sleeper.name, Sleeper.version)

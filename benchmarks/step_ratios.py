@@ -25,9 +25,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import machine
 from benchmarks.formula import fill
 from benchmarks.train_step import reward_of
+from trainer import machine
 from trainer.build import make_learner
 from trainer.config import Config
 from trainer.distributed import Group

@@ -29,13 +29,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks import machine
 from benchmarks.flops import decode_flop, forward_flop, step_flop
 from benchmarks.formula import fill
 from services.rewards.brightness import Brightness
 from services.rewards.clip import Clip
 from services.rewards.options import Runtime
 from services.rewards.sources import parse_source
+from trainer import machine
 from trainer.build import choose_device, make_autocast
 from trainer.config import Config
 from trainer.distributed import Group

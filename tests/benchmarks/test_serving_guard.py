@@ -5,9 +5,9 @@ import statistics
 import pytest
 
 from benchmarks.contenders import BARE, OURS
-from benchmarks.machine import ROOT
 from benchmarks.peers.work import scorer
 from benchmarks.serving import started, workload_of
+from trainer.machine import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.redis]
 

@@ -2,14 +2,12 @@
 
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from trainer import machine
 from trainer.config import ConfigError
 from trainer.evaluate.table import markdown_table
 from trainer.reproduce.claims import AESTHETIC, OLD_PICTURE, PAINTED, PAINTING, claims
@@ -56,37 +54,13 @@ def write(path: Path, programme: Programme) -> None:
 def provenance(programme: Programme) -> str:
     """Where the numbers are from: command, hardware, versions, day and commit."""
     content = next(iter(programme.plain.values()))
-    device = processor() if content["device"] == "cpu" else content["device"]
+    device = machine.processor() if content["device"] == "cpu" else content["device"]
     cores = f"{len(os.sched_getaffinity(0))} cores of " if content["device"] == "cpu" else ""
     seeds = ",".join(map(str, programme.seeds))
     return (
         f"`python -m trainer.reproduce --seeds {seeds}`: {cores}{device}, torch {content['torch']}, "
-        f"{datetime.now(UTC):%Y-%m-%d}, commit {commit()}."
+        f"{machine.today()}, commit {machine.commit()}."
     )
-
-
-def processor() -> str:
-    """The processor's name, as Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return "a CPU"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "a CPU")
-
-
-def commit() -> str:
-    """The commit that is checked out, short; `unknown` outside a repository."""
-    git = shutil.which("git")
-    if git is None:
-        return "unknown"
-    done = subprocess.run(
-        [git, "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
 
 
 def claims_table(programme: Programme) -> str:

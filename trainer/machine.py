@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def commit() -> str:
-    """The commit that is checked out, short; `+` where files differ from it; unknown outside a repository."""
+    """The commit that is checked out, short; `+` where code differs from it; unknown outside a repository."""
     git = shutil.which("git")
     if git is None:
         return "unknown"
@@ -19,7 +19,7 @@ def commit() -> str:
         done = subprocess.run([git, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    changed = "+" if said("status", "--porcelain", "--untracked-files=no") else ""
+    changed = "+" if said("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs") else ""
     return (said("rev-parse", "--short", "HEAD") or "unknown") + changed
 
 
