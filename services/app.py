@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from starlette.routing import Route
 
 from services import protocol
 from services.batching.errors import QueueAway
@@ -62,7 +63,6 @@ def create_app(
 def _route(app: FastAPI) -> None:
     """Say what answers at which path; `openapi` describes it."""
 
-    @app.post(protocol.SCORE_PATH)
     async def score(request: Request) -> Response:
         service: ScoreService = app.state.service
         request_id = request.state.request_id = _request_id(request)
@@ -84,6 +84,10 @@ def _route(app: FastAPI) -> None:
         if answer.replayed:
             headers[protocol.HEADER_IDEMPOTENCY_REPLAYED] = "true"
         return Response(answer.content, 200, headers, protocol.MEDIA_JSON)
+
+    # A plain route: it reads its request itself, and a framework that looks for parameters costs it a tenth of a
+    # request with one picture.
+    app.router.routes.append(Route(protocol.SCORE_PATH, score, methods=["POST"]))
 
     @app.get(protocol.INFO_PATH)
     async def info(request: Request) -> Info:

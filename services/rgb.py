@@ -24,7 +24,7 @@ def to_rgb(picture: Image.Image) -> NDArray[np.uint8]:
         picture: loaded, of any mode; its EXIF tells how it was held.
 
     Returns:
-        uint8 (H, W, 3), 0–255, of its own memory.
+        uint8 (H, W, 3), 0–255, of memory of its own that is read-only.
     """
     turn = UPRIGHT.get(_orientation(picture))
     if turn is not None:
@@ -35,7 +35,7 @@ def to_rgb(picture: Image.Image) -> NDArray[np.uint8]:
     if picture.has_transparency_data:
         colour = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour)
-    return np.array(picture.convert("RGB"), dtype=np.uint8)
+    return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))  # convert would copy what is RGB
 
 
 def _orientation(picture: Image.Image) -> int:

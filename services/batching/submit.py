@@ -5,6 +5,7 @@ What is submitted is kept until it is answered. Should Redis lose it, it is subm
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import uuid
@@ -64,7 +65,8 @@ class SubmitQueue:
         self._upload_ms = lease_ms  # what is left of an upload that was cut short is gone after a lease
         self._beat_s = lease_ms / 6000
         self._alive_ms = max(1, lease_ms // 2)
-        self._reply_key = keys.replies(uuid.uuid4().hex)
+        self._name, self._requests = uuid.uuid4().hex, itertools.count()
+        self._reply_key = keys.replies(self._name)
         self._answers = Answers(redis, keys, lease_ms=min(lease_ms, 5000), ttl_s=answer_ttl_s)
         self._submitted: dict[str, Submitted] = {}
         self._look_now = asyncio.Event()
@@ -156,7 +158,7 @@ class SubmitQueue:
             QueueError: see `services.batching.errors`.
         """
         loop = asyncio.get_running_loop()
-        name, gives_up_s = uuid.uuid4().hex, loop.time() + deadline_s
+        name, gives_up_s = f"{self._name}-{next(self._requests)}", loop.time() + deadline_s
         submitted = [
             Submitted(f"{name}-{number}", job, request, gives_up_s, loop.create_future())
             for number, job in enumerate(jobs)

@@ -40,9 +40,8 @@ class Metrics:
             buckets=SECONDS_BOUNDS,
             registry=self._registry,
         )
-        self._images.labels(*self._values)
-        for phase in PHASES:
-            self._seconds.labels(*self._values, phase)
+        self._scored, self._request_images = self._images.labels(*self._values), self._sizes.labels(*self._values)
+        self._phases = {phase: self._seconds.labels(*self._values, phase) for phase in PHASES}
 
     def count_request(self, status: int) -> None:
         """Count a request by the status of its answer."""
@@ -50,16 +49,15 @@ class Metrics:
 
     def count_images(self, images: int) -> None:
         """Count images that were scored."""
-        self._images.labels(*self._values).inc(images)
+        self._scored.inc(images)
 
     def observe_size(self, images: int) -> None:
         """Note how many images a request holds."""
-        self._sizes.labels(*self._values).observe(images)
+        self._request_images.observe(images)
 
     def observe_phase(self, phase: str, seconds: float) -> None:
         """Note how long one of `PHASES` took."""
-        assert phase in PHASES
-        self._seconds.labels(*self._values, phase).observe(seconds)
+        self._phases[phase].observe(seconds)
 
     def text(self, survey: Survey | None) -> bytes:
         """All metrics in the text format of Prometheus.

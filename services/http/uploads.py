@@ -132,6 +132,9 @@ async def read_body(
     except ClientDisconnect:
         raise ProblemError("client-gone", "the client left") from None
     if length is not None and size != length:
+        if "upgrade" in request.headers:
+            detail = "the request asks for another protocol and so loses its body: send it without an Upgrade header"
+            raise ProblemError("malformed-request", detail)
         detail = f"{size} bytes of a Content-Length of {length} arrived: send what was announced"
         raise ProblemError("malformed-request", detail)
     return body if memory is None else memory

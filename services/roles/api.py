@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+import uvloop
 
 from services.app import create_app
 from services.batching.keys import Keys
@@ -94,7 +95,7 @@ def run_api(name: str, listener: socket.socket, redis_url: str, settings: Settin
     ready: dict[str, Any] = {"rewards": {name: url}, "serves": f"{reward.name} {reward.version}"}
     patience = {"timeout_s": settings.redis_timeout_s, "patience_s": settings.redis_patience_s}
     contact = reach(redis_url, keys.alive, **patience)
-    asyncio.run(_run_server(Server(config), listener, received, ready, contact, announces=announces))
+    uvloop.run(_run_server(Server(config), listener, received, ready, contact, announces=announces))
     return EXIT_INTERRUPTED if signal.SIGINT in received else 0
 
 

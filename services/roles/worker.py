@@ -9,6 +9,7 @@ import signal
 import uuid
 from collections.abc import Iterator
 
+import uvloop
 from redis.exceptions import RedisError
 
 from services.batching.keys import Keys
@@ -47,7 +48,7 @@ def run_worker(name: str, redis_url: str, settings: Settings, *, announces: bool
         services.rewards.UnknownReward: there is no such reward.
         StartError: Redis stayed away or lets it not in, or the reward cannot be loaded.
     """
-    return asyncio.run(
+    return uvloop.run(
         _work(create_reward(name, settings.reward_options), name, redis_url, settings, announces=announces)
     )
 

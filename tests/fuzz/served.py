@@ -18,9 +18,6 @@ from tests.services.conftest import Process, descendants, wait_until
 ROLES = ("api", "worker")
 STALL_S = 2
 SETTINGS = {**LIMITS, "REWARD_UPLOAD_STALL_S": str(STALL_S), "REWARD_MAX_BODY_BYTES": str(8 * 2**20)}
-LATE_ANSWER = "h11._util.LocalProtocolError: can't handle event type Response when role=SERVER and state=MUST_CLOSE\n"
-"""Ends the one traceback that is not ours: uvicorn answers 400 to a broken chunk itself, and where the application
-refuses the same request in the same turn of the loop, logs that the second answer comes too late."""
 SAMPLE_S = 0.02
 LEAST_SAMPLES = 80
 MOST_GROWTH_MIB = 20.0
@@ -76,7 +73,7 @@ class Served:
         """The same processes run as at the start, none has reported a bug, and nothing is left in the queue."""
         log = self._process.errors()
         assert {_role(pid): pid for pid in descendants(self._process.pid)} == self.pids, log[-5000:]
-        assert log.count("Traceback (") == log.count(LATE_ANSWER), log[:20_000]
+        assert "Traceback (" not in log, log[:20_000]
         wait_until(lambda: self._queued() == [0.0, 0.0, 0.0, 0.0])
 
     def _queued(self) -> list[float]:

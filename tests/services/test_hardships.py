@@ -1,5 +1,6 @@
 """Processes that are treated badly: each says what is wrong in one line, or goes on."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -138,6 +139,42 @@ def test_a_connection_without_a_request_is_closed(start: Start) -> None:
         while kept.recv(4096):
             pass
         assert time.monotonic() - started_s < 5
+
+
+def test_a_head_without_end_is_refused(start: Start) -> None:
+    """Whether in one value, many headers, blank lines or behind a body; and no other protocol is spoken."""
+    url = start("serve", "brightness", "--port", "0", "--announce", "--until-stdin-closes").url()
+    host, _, port = url.removeprefix("http://").partition(":")
+    post_head = b"POST /score HTTP/1.1\r\nHost: x\r\n"
+    heads = (
+        (post_head + b"X-Long: ", b"x" * 1024),
+        (post_head, b"X-Many: x\r\n" * 100),
+        (b"", b"\r\n" * 512),
+        (post_head + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nX-Trail: ", b"x" * 1024),
+        (post_head + b"Transfer-Encoding: chunked\r\n\r\n1;", b"x" * 1024),
+    )
+    for head, more in heads:
+        with socket.create_connection((host, int(port)), timeout=10) as greedy:
+            greedy.sendall(head)
+            sent = 0
+            with contextlib.suppress(ConnectionError):  # it is closed before everything is sent
+                while sent < 4 * 2**20:
+                    sent += greedy.send(more)
+            assert sent < 4 * 2**20, head
+    body = encode_batch(random_images(1, 256, 256, 3))
+    chunked = httpx.post(
+        f"{url}/score", content=iter([body[:9], body[9:]]), headers={"Content-Type": MEDIA_SAFETENSORS}
+    )
+    assert chunked.status_code == 200, chunked.text
+    upgrading = httpx.post(
+        f"{url}/score",
+        content=body,
+        headers={"Content-Type": MEDIA_SAFETENSORS, "Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c"},
+    )
+    assert upgrading.status_code == 400, upgrading.text
+    assert "Upgrade" in upgrading.json()["detail"]
+    info = httpx.get(f"{url}/info", headers={"Connection": "Upgrade", "Upgrade": "h2c"})
+    assert info.status_code == 200, info.text
 
 
 def test_a_request_named_like_markup_is_shown(start: Start, redis_url: str) -> None:
