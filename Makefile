@@ -10,11 +10,15 @@ export PYTHONUNBUFFERED := 1
 run: $(VENV)/.ready
 	$(BIN)/python -m trainer.run
 
+# Two files of tests at a time, a core each; those that count on the machine for themselves follow one by one.
+PAIR := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
+
 test: $(VENV)/.ready .cache/checkov/.ready
-	$(BIN)/python -m pytest -q -m "not slow and not drill and not gpu"
+	$(PAIR) -m "not slow and not drill and not gpu"
 
 test-slow: $(VENV)/.ready
-	$(BIN)/python -m pytest -q -m "(slow or drill) and not gpu"
+	$(PAIR) -m "slow and not alone and not drill and not gpu"
+	$(BIN)/python -m pytest -q -m "(drill or (slow and alone)) and not gpu"
 
 # The real thing, where there is a container engine.
 test-compose: $(VENV)/.ready

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.queue import MEMORY_SIDE, REQUEST_IMAGES, SIDE, main
 
-pytestmark = [pytest.mark.slow, pytest.mark.redis]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.redis]
 
 PIXELS, WAITING_PIXELS = 3 * SIDE * SIDE, 3 * MEMORY_SIDE * MEMORY_SIDE
 """Bytes of an image."""

@@ -9,7 +9,7 @@ from benchmarks.peers.work import scorer
 from benchmarks.serving import started, workload_of
 from trainer.machine import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.redis]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.redis]
 
 
 @pytest.mark.parametrize(("name", "most"), [("w1", 2.5), ("w2", 2.0)])

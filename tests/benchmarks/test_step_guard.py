@@ -5,7 +5,7 @@ import pytest
 from benchmarks.step_ratios import cached_sampling, operators, optimise
 from trainer.models.var import VARConfig
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # the profiler's own
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.filterwarnings("ignore")]  # the profiler's own
 
 WORK = ("mm", "bmm", "convolution", "attention")
 

@@ -260,6 +260,19 @@ def test_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
         assert path.read_bytes() == b"old"
 
 
+def test_only_a_file_is_replaced(tmp_path: Path) -> None:
+    """A link stays one, and what it names is written; a pipe is left alone."""
+    link, pipe, real = tmp_path / "link", tmp_path / "pipe", tmp_path / "folder" / "real"
+    link.symlink_to(real)
+    write_atomically(link, 3, lambda temporary: temporary.write_bytes(b"new"))
+    assert link.is_symlink()
+    assert real.read_bytes() == b"new"
+    os.mkfifo(pipe)
+    message = failure(lambda: write_atomically(pipe, 3, lambda temporary: temporary.write_bytes(b"new")))
+    assert "pipe: is no regular file" in message
+    assert pipe.is_fifo()
+
+
 def test_impossible_folder(var: VAR, tmp_path: Path) -> None:
     """A folder that cannot be made is the same one error."""
     (tmp_path / "file").write_text("")

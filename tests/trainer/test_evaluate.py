@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load_file
@@ -21,6 +22,7 @@ from services.rewards.brightness import Brightness
 from tests.services.conftest import descendants, wait_until
 from tests.trainer.conftest import Outcome
 from tests.trainer.test_run import FailsAtLast, assert_failed
+from trainer.config import Config
 from trainer.evaluate.__main__ import main
 from trainer.inference.drawing import draw
 from trainer.inference.loading import load_policy
@@ -155,6 +157,24 @@ def test_a_model_is_added_without_repeating_another(evaluate: Evaluate, models: 
         assert len(chunk_files(out)) == before + 2, other
     assert mean(first, "colourfulness") > 0
     assert first["splits"]["all"]["measures"]["accuracy/top1"] is None
+
+
+def test_unseen_labels_are_those_of_the_run_that_had_some(
+    evaluate: Evaluate, models: dict[str, str], tmp_path: Path
+) -> None:
+    """And of what it began with; a run that was trained on all labels has none."""
+    for name, classes in (("half", [0, 1]), ("whole", [])):
+        (tmp_path / name / "checkpoint").mkdir(parents=True)
+        shutil.copy(models["var"], tmp_path / name / "checkpoint" / "var.safetensors")
+        content = {"rewards": [{"name": "brightness"}], "rollout": {"classes": classes}}
+        settings = Config.model_validate(content | {"model": {**models, "classifier": "none"}}).to_dict()
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(settings))
+    files = [tmp_path / name / "checkpoint" / "var.safetensors" for name in ("half", "whole")]
+    outcome = evaluate("pretrained", *files, "--per-class", 1)
+    assert outcome.code == 0, outcome.err
+    splits = {row["name"]: list(row["splits"]) for row in result(tmp_path / "out")["rows"]}
+    apart = ["all", "seen", "unseen"]
+    assert splits == {"pretrained": apart, "half": apart, "whole": ["all"]}
 
 
 @pytest.mark.redis

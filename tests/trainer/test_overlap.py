@@ -123,6 +123,7 @@ def test_without_a_reference_there_is_nothing_to_hide_the_latency() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_benchmark_measures_every_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It ends by itself, with a row for each order and latency; with a reference all learn the same."""
     path = tmp_path / "overlap.json"
@@ -167,6 +168,7 @@ def kept_gb(depth: int, images: int, recompute: bool) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_page_tells_the_memory_of_activations() -> None:
     """That of an image, and that of the weights' copies, with and without recomputing."""
     for words, recompute in (("activations of an update", False), ("… with `model.recompute`", True)):

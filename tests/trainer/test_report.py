@@ -232,6 +232,7 @@ def test_what_a_file_says_is_text(report: Report, folders: Folders, tmp_path: Pa
         (("runs/tiny", "--sweep", "away"), ("away: no such folder; give a sweep's folder",)),
         (("runs/tiny", "--titel", "x"), ("unknown option --titel: the nearest is '--title'",)),
         (("runs/tiny", "--out", "runs"), ("--out runs is a folder", "runs/report.html")),
+        (("runs/tiny", "--out", "/dev/null"), ("--out /dev/null is no regular file",)),
     ],
 )
 def test_wrong_options_are_named(

@@ -39,6 +39,8 @@ def test_runs_are_grouped_by_their_settings(tmp_path: Path) -> None:
     assert [groups[0].label(run) for run in groups[0].runs] == ["seed 0 (b)", "seed 0 (d)", "seed 1"]
     (alone,) = group_runs(runs[2:3])
     assert alone.name == "made"
+    begun = [made_run(tmp_path / f"e-{seed}", "", run={"seed": seed, "name": f"e-seed-{seed}"}) for seed in (0, 1)]
+    assert [group.name for group in group_runs(begun)] == ["e"]
     settings = settings_of(groups[0])
     differing = {setting.key: setting.value for setting in settings if setting.differs}
     assert settings[: len(differing)] == [setting for setting in settings if setting.differs]

@@ -1,6 +1,7 @@
 """The programme: its commands, what it makes of the numbers, the page that it fills."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,24 @@ import pytest
 from trainer.config import ConfigError
 from trainer.evaluate.__main__ import _parser as evaluate_parser
 from trainer.reproduce import document
+from trainer.reproduce.__main__ import main
 from trainer.reproduce.claims import Claim, claims, rank_correlation
 from trainer.reproduce.numbers import Programme, read
-from trainer.reproduce.stages import GROUPS, KL, PAPER, SWEEPS, evaluation, expected_minutes, plan_of, programme
+from trainer.reproduce.stages import (
+    GROUPS,
+    KL,
+    PAPER,
+    SWEEPS,
+    evaluation,
+    expected_minutes,
+    folder_of,
+    plan_of,
+    programme,
+)
+from trainer.sweep.found import next_folder
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results.md"
+WHOLE = RESULTS.read_bytes()
 SEEDS = (0, 1)
 MEASURES = {
     "score/mini-aesthetic": (6.0, 7.5),
@@ -204,20 +218,52 @@ def test_the_page_is_filled_between_its_marks(tmp_path: Path) -> None:
     assert [line for line in first.splitlines() if line.startswith("#")] == outside
 
 
-def test_a_page_without_a_mark_is_refused(tmp_path: Path) -> None:
-    """The message says which line is missing; the page stays as it was."""
-    page = tmp_path / "results.md"
-    page.write_text("# Results\n")
-    with pytest.raises(ConfigError, match="<!-- begin: provenance -->"):
-        document.write(page, read(numbers(tmp_path / "programme"), SEEDS))
-    assert page.read_text() == "# Results\n"
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        (b"# Results\n", "<!-- begin: provenance -->"),
+        (WHOLE.replace(b"<!-- begin: kl -->", b"<!-- begin: kl -->\nprose\n<!-- begin: kl -->"), "begin: kl --> and"),
+        (WHOLE.replace(b"<!-- end: kl -->", b"<!-- end: kl -->\nprose\n<!-- end: kl -->"), "begin: kl --> and"),
+        (WHOLE.replace(b": kl -->", b": k -->").replace(b"begin: k ", b"end: kl ").replace(b"end: k ", b"begin: kl "),
+         "begin: kl --> and"),
+        (WHOLE + b"\xff", "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_page_that_cannot_be_filled_is_refused(tmp_path: Path, page: bytes | None, words: str) -> None:
+    """Before any work, and it stays as it was."""
+    path = tmp_path / "results.md"
+    if page is not None:
+        path.write_bytes(page)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        document.write(path, read(numbers(tmp_path / "programme"), SEEDS))
+    assert main(["--dir", str(tmp_path / "none"), "--results", str(path)]) == 2
+    assert not (tmp_path / "none").exists()
+    assert (path.read_bytes() if page is not None else None) == page
+
+
+def test_a_run_that_left_a_folder_without_a_state_is_where_it_began_anew(tmp_path: Path) -> None:
+    """As the sweep finds it, which lets go of the first folder."""
+    run = plan_of(tmp_path, PAPER).runs([0])[0]
+    first = folder_of(run)
+    first.mkdir(parents=True)
+    (first / "config.yaml").write_text("")
+    assert folder_of(run) == first
+    again = next_folder(run)
+    assert again != first
+    (again / "states" / "step_000001").mkdir(parents=True)
+    assert folder_of(run) == again
+    later = [stage for stage in programme(tmp_path, [0], 1, ()) if stage.arguments[0] != "trainer.sweep"]
+    assert all(any(str(again) in argument for argument in stage.arguments) for stage in later)
+    assert not any(argument.endswith(str(first)) for stage in later for argument in stage.arguments)
 
 
 def test_the_programme_is_commands_that_exist_and_fits_its_time(tmp_path: Path) -> None:
     """Every stage's options are known to its command; a seed takes under two hours, three under six."""
     stages = list(programme(tmp_path, [0, 1], 2, ()))
     assert [stage.arguments[:2] for stage in stages[:3]] == [("trainer.sweep", name) for name in SWEEPS]
-    for stage in stages[3:]:
+    assert stages[-1].arguments[0] == "trainer.report"
+    for stage in stages[3:-1]:
         module, *arguments = stage.arguments
         assert module == "trainer.evaluate"
         options = evaluate_parser().parse(arguments)

@@ -65,7 +65,14 @@ def make_plan(
         FolderRow(name, open_pictures(folder, count=count, names=names_of, side=side, labels=wanted))
         for name, folder in folders
     ]
-    return Plan([*policies, *pictures], seen, Measures(world, device), columns, sampling, int(options.chunk))
+    rows: list[Row] = [*policies, *pictures]
+    if options.seen:
+        for each in rows:
+            each.seen = seen
+    elif seen:  # what is no run's is there to be compared with; a run that was trained on all labels has none unseen
+        for row, source in zip(policies, sources, strict=True):
+            row.seen = tuple(source.run.rollout.classes) if source.run is not None and source.is_trained else seen
+    return Plan(rows, seen, Measures(world, device), columns, sampling, int(options.chunk))
 
 
 def _named_folders(texts: Sequence[str]) -> list[tuple[str, Path]]:

@@ -27,12 +27,14 @@ class Row(Protocol):
         labels_N: int64 (N,).
         identity: plain values that tell which pictures these are.
         about: plain values that a reader wants to know of them.
+        seen: labels that are to be told from the others; none where they are not.
     """
 
     name: str
     labels_N: NDArray[np.int64]
     identity: dict[str, object]
     about: dict[str, object]
+    seen: tuple[int, ...]
 
     def images(self, places: range) -> NDArray[np.uint8]:
         """Some of the pictures, uint8 (B, H, W, 3)."""
@@ -65,6 +67,7 @@ class PolicyRow:
         self.labels_N = np.empty(0, dtype=np.int64)
         self.identity: dict[str, object] = {}
         self.about: dict[str, object] = {}
+        self.seen: tuple[int, ...] = ()
 
     def plan(self, labels: Sequence[int], per_class: int, sampling: Sampling, seed: int) -> None:
         """Decide what is drawn.
@@ -112,6 +115,7 @@ class FolderRow:
         self.name, self._pictures, self.labels_N = name, pictures, pictures.labels_N
         self.identity: dict[str, object] = {"pictures": pictures.digest()}
         self.about: dict[str, object] = {"images": str(pictures.folder), "side": pictures.side}
+        self.seen: tuple[int, ...] = ()
 
     def images(self, places: range) -> NDArray[np.uint8]:
         """Pictures, uint8 (B, H, W, 3)."""

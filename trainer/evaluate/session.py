@@ -156,7 +156,7 @@ def _measure(
             names = [f"{SCORE}{column.name}" for column in plan.columns]
             arrays = chunks.join([*names, LABELS, COLOURFULNESS, THUMBNAILS, *optional])
             summary = summarise(
-                arrays, columns=[c.name for c in plan.columns], styles=plan.measures.styles, seen=plan.seen
+                arrays, columns=[c.name for c in plan.columns], styles=plan.measures.styles, seen=row.seen
             )
     return digest, summary
 

@@ -38,6 +38,11 @@ class PolicySource:
     run: Config | None = None
     state: Path | None = None
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether these are weights of a run, and not those that it began with."""
+        return self.run is not None and (self.state is not None or self.var != self.run.model.var)
+
 
 def find_sources(texts: Sequence[str], vqvae: str | None) -> list[PolicySource]:
     """The policies that are named, in order.

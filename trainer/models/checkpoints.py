@@ -192,6 +192,9 @@ def write_atomically(path: Path, needed: int, write: Callable[[Path], object]) -
     Raises:
         CheckpointError: the system refused; the temporary file is gone and an older file is left as it was.
     """
+    path = Path(os.path.realpath(path))  # a link stays one; what it names is replaced
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: is no regular file, and would be replaced by one; name another")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

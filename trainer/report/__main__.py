@@ -33,6 +33,8 @@ def _write(options: argparse.Namespace, console: Console) -> None:
     out: Path = options.out
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder; name the file: --out {out / 'report.html'}")
+    if out.exists() and not out.is_file():
+        raise ConfigError(f"--out {out} is no regular file, and would be replaced by one; name another")
     # Only now, for a mistyped option should not wait for torch.
     from trainer.models.checkpoints import write_atomically  # noqa: PLC0415
     from trainer.report import evaluations, sweeps  # noqa: PLC0415

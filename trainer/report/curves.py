@@ -68,13 +68,18 @@ def _in_words(spread: Spread | None, name: str) -> str:
 
 
 def same_reward(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
-    """The groups that optimise the same reward, whose numbers can be compared, and that reward in words."""
+    """The groups that optimise the same reward, whose numbers can be compared, and that reward in words.
+
+    Where two rewards have the same words, because only their shapes differ, the groups' names tell them apart.
+    """
     gathered: dict[str, list[Group]] = {}
     for group in groups:
         rewards = [reward.model_dump(mode="json", exclude={"url"}) for reward in group.shown.config.rewards]
         gathered.setdefault(json.dumps(rewards), []).append(group)
+    titles = [" + ".join(in_words(reward) for reward in each[0].shown.config.rewards) for each in gathered.values()]
     return [
-        (" + ".join(in_words(reward) for reward in each[0].shown.config.rewards), each) for each in gathered.values()
+        (title if titles.count(title) == 1 else f"{title} ({', '.join(group.name for group in each)})", each)
+        for title, each in zip(titles, gathered.values(), strict=True)
     ]
 
 

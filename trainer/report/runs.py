@@ -224,10 +224,10 @@ def _identity(config: Config) -> dict[str, object]:
 
 
 def _recipe(runs: Sequence[Run]) -> str:
-    """What the runs call their recipe; an unfinished one knows its own name alone."""
+    """What the runs call their recipe; unfinished ones know their own name alone, which ends in the seed."""
     recipe = next((run.summary.recipe for run in runs if run.summary is not None), None)
     if recipe is None:
-        return runs[0].config.run.name or runs[0].name
+        return (runs[0].config.run.name or runs[0].name).removesuffix(f"-seed-{runs[0].config.run.seed}")
     return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
 
 

@@ -70,6 +70,8 @@ def reproduce(
     from trainer.interrupt import Interrupt  # noqa: PLC0415
     from trainer.reproduce import document, numbers, plots, stages  # noqa: PLC0415
 
+    if results is not None:
+        document.check(results)
     on_gpu = torch.cuda.is_available()
     settings = ("--run.device", "cuda") if on_gpu else ()
     jobs = jobs or (1 if on_gpu else len(os.sched_getaffinity(0)))
@@ -81,7 +83,7 @@ def reproduce(
     )
     with Interrupt(console, is_last=ends_process) as interrupt:
         stages.write_renders(folder / stages.RENDERS)
-        for stage in (*stages.programme(folder, seeds, jobs, settings), stages.report(folder, seeds)):
+        for stage in stages.programme(folder, seeds, jobs, settings):
             console.rule(escape(stage.title))
             code = stages.run_stage(stage, interrupt)
             if interrupt.requested or code == EXIT_SUSPENDED:

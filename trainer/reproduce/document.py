@@ -1,7 +1,6 @@
 """Writes the programme's tables into a Markdown page, between marks; what stands outside them is left as it is."""
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -17,8 +16,34 @@ from trainer.run_folder import write_text
 from trainer.sweep.table import rows as sweep_rows
 
 DASH = "–"
-MARK = "<!-- {edge}: {name} -->"
 STYLES = ("photo", "old picture", "painting", "sketch")
+
+
+def check(path: Path) -> str:
+    """Reads a page, and holds it to what `write` needs.
+
+    Args:
+        path: of the page.
+
+    Returns:
+        Its text.
+
+    Raises:
+        ConfigError: it cannot be read or written, or a part's marks are not there once, in their order.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--results {path}: cannot be read ({error}); give a page such as docs/results.md") from error
+    if not os.access(path, os.W_OK) or not os.access(path.resolve().parent, os.W_OK):
+        raise ConfigError(f"--results {path}: cannot be written; give a page in a folder that can")
+    for name in PARTS:
+        begin, end = marks(name)
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise ConfigError(
+                f"--results {path}: needs the lines {begin} and {end} once, where the table goes; add them"
+            )
+    return text
 
 
 def write(path: Path, programme: Programme) -> None:
@@ -29,26 +54,20 @@ def write(path: Path, programme: Programme) -> None:
         programme: the numbers.
 
     Raises:
-        ConfigError: a mark is missing.
-        OSError: it cannot be read or written.
+        ConfigError: as `check`.
+        OSError: it cannot be written.
     """
-    parts = {
-        "provenance": provenance(programme),
-        "claims": claims_table(programme),
-        "runs": runs_table(programme),
-        "policies": policies_table(programme),
-        "table-1": table_1(programme),
-        "kl": sweep_table(programme, KL),
-        "groups": sweep_table(programme, GROUPS),
-    }
-    text = path.read_text("utf-8")
-    for name, content in parts.items():
-        begin, end = (MARK.format(edge=edge, name=name) for edge in ("begin", "end"))
-        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        if len(pattern.findall(text)) != 1:
-            raise ConfigError(f"{path}: needs the lines {begin} and {end} once, where the table goes; add them")
-        text = pattern.sub(lambda _, new=f"{begin}\n{content}\n{end}": new, text)  # type: ignore[misc]
+    text = check(path)
+    for name, content in PARTS.items():
+        begin, end = marks(name)
+        before, after = text.partition(begin)[0], text.partition(end)[2]
+        text = f"{before}{begin}\n{content(programme)}\n{end}{after}"
     write_text(path, text)
+
+
+def marks(name: str) -> tuple[str, str]:
+    """The lines between which a part stands."""
+    return f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
 
 
 def provenance(programme: Programme) -> str:
@@ -148,3 +167,15 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]], *, left: int = 1)
     cells = [[escape(cell) for cell in line] for line in (head, *lines)]
     rule = ["---" if column < left else "---:" for column in range(len(head))]
     return "\n".join(f"| {' | '.join(line)} |" for line in (cells[0], rule, *cells[1:]))
+
+
+PARTS: dict[str, Callable[[Programme], str]] = {
+    "provenance": provenance,
+    "claims": claims_table,
+    "runs": runs_table,
+    "policies": policies_table,
+    "table-1": table_1,
+    "kl": lambda programme: sweep_table(programme, KL),
+    "groups": lambda programme: sweep_table(programme, GROUPS),
+}
+"""What stands between the marks of a page, by their name."""

@@ -14,6 +14,7 @@ from PIL import Image
 from trainer.interrupt import Interrupt
 from trainer.miniature.objects import CLASSES
 from trainer.miniature.render import HELD_OUT_SEED, POLICY_WORLD, render_set
+from trainer.sweep.found import latest
 from trainer.sweep.plan import Plan, Run, read_sweep
 
 PAPER, KL, GROUPS = SWEEPS = ("mini-paper", "mini-kl", "mini-groups")
@@ -45,7 +46,7 @@ def evaluation(folder: Path, seed: int, *, plain: bool) -> Path:
 
 
 def programme(folder: Path, seeds: Sequence[int], jobs: int, settings: Sequence[str]) -> Iterator[Stage]:
-    """All stages for some seeds but the report, which is of all of them.
+    """All stages for some seeds, each made when those before it are done: only then is known in which folder a run is.
 
     Args:
         folder: where everything goes.
@@ -69,9 +70,10 @@ def programme(folder: Path, seeds: Sequence[int], jobs: int, settings: Sequence[
             models = (f"{PRETRAINED}={models[0]}", *models[1:])
             out = ("--out", str(evaluation(folder, seed, plain=plain)))
             yield Stage(title, ("trainer.evaluate", *models, *sampling, *shared, *out))
+    yield _report(folder, seeds)
 
 
-def report(folder: Path, seeds: Sequence[int]) -> Stage:
+def _report(folder: Path, seeds: Sequence[int]) -> Stage:
     """The page that shows all runs of the programme."""
     runs = [str(folder_of(run)) for run in plan_of(folder, PAPER).runs(seeds)]
     evaluations = [
@@ -91,8 +93,8 @@ def plan_of(folder: Path, sweep: str) -> Plan:
 
 
 def folder_of(run: Run) -> Path:
-    """Where a run of the programme is."""
-    return run.config.run.dir / str(run.config.run.name)
+    """Where a run of the programme is: not in a folder that it left without a state, to begin anew in another."""
+    return latest(run) or run.config.run.dir / str(run.config.run.name)
 
 
 def expected_minutes(folder: Path, seeds: Sequence[int]) -> float:

@@ -21,10 +21,15 @@ def find(run: Run) -> Path | None:
     Raises:
         ConfigError: it was run with other settings.
     """
-    folder = max(_numbered(run), default=(0, None))[1]
+    folder = latest(run)
     if folder is not None:
         _check(run, folder)
     return folder
+
+
+def latest(run: Run) -> Path | None:
+    """The folder that `find` finds, whatever it was run with."""
+    return max(_numbered(run), default=(0, None))[1]
 
 
 def next_folder(run: Run) -> Path:
