@@ -120,7 +120,8 @@ class SubmitQueue:
         if start["trouble"]:
             return f"the last that tried could not: {start['trouble']}"
         if start["version"] != self._keys.version:
-            return f"the last that started is of version {start['version']}: give API and workers the same settings"
+            remedy = "give API and workers the same settings, and restart the API if its weights' file has changed since"
+            return f"the last that started is of version {start['version']}: {remedy}"
         return ""
 
     async def survey(self) -> Survey:
