@@ -120,7 +120,7 @@ class SubmitQueue:
         if start["trouble"]:
             return f"the last that tried could not: {start['trouble']}"
         if start["version"] != self._keys.version:
-            remedy = "give API and workers the same settings, and restart the API if its weights' file has changed since"
+            remedy = "give API and workers the same settings, and restart the API if its weights have changed since"
             return f"the last that started is of version {start['version']}: {remedy}"
         return ""
 
