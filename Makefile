@@ -33,8 +33,8 @@ images:
 
 # The paper's experiments in miniature: fills docs/results.md and writes runs/reproduce/report.html. Goes on where it was stopped.
 SEEDS ?= 0
-reproduce: $(VENV)/.ready
-	$(BIN)/python -m trainer.reproduce --seeds $(SEEDS) --results docs/results.md
+reproduce: $(VENV)/.ready  # which gives each run its share of the cores
+	env -u OMP_NUM_THREADS $(BIN)/python -m trainer.reproduce --seeds $(SEEDS) --results docs/results.md
 
 # What the machine at hand can measure; alone on it, or the seconds mean little. benchmarks/README.md has the tables.
 bench: $(VENV)/.ready
