@@ -22,6 +22,8 @@ EXAMPLES = ROOT / "examples"
 JPEG = "examples.jpeg_compressibility:JpegCompressibility"
 IMAGES = np.random.default_rng(0).integers(0, 256, (70, 9, 7, 3), dtype=np.uint8)
 EXAMPLE_LINES = 20
+ONE_STEP = ["--run.steps", "1", "--rollout.labels", "2", "--optim.minibatch", "32", "--eval.samples", "16"]
+"""What makes a recipe of the miniature's one small training step."""
 
 
 @contextmanager
@@ -121,8 +123,7 @@ def test_the_standalone_service_stands_alone() -> None:
 
 def train(name: str, url: str, folder: Path) -> dict[str, float]:
     """The metrics of one small training step against a service."""
-    command = [sys.executable, "-m", "trainer.run", "mini-bright", "--run.dir", str(folder), "--run.steps", "1"]
-    command += ["--rollout.labels", "2", "--optim.minibatch", "32", "--eval.samples", "16"]
+    command = [sys.executable, "-m", "trainer.run", "mini-bright", "--run.dir", str(folder), *ONE_STEP]
     command += ["--rewards.0.name", name, "--rewards.0.url", url, "--rewards.0.shape", "identity"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

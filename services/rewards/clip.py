@@ -78,13 +78,15 @@ class Clip:
             float64 (B,) in [−1, 1].
 
         Raises:
-            ValueError: there is no prompt.
+            ValueError: there is no prompt, or another number of them than of images.
         """
         assert self._encoder is not None
         if prompts is None:
             if self._prompt is None:
                 raise ValueError("there is no prompt: send one for each image, or set REWARD_CLIP_PROMPT")
-            prompts = [self._prompt]
+            prompts = [self._prompt]  # for all
+        elif len(prompts) != len(images_BHWC):
+            raise ValueError(f"{len(images_BHWC)} images with {len(prompts)} prompts: give one for each image")
         cosines_B = (self._encoder.images(images_BHWC) * self._encoder.texts(prompts)).sum(dim=-1)
         scores_B: NDArray[np.float64] = cosines_B.clamp(-1, 1).double().cpu().numpy()
         return scores_B

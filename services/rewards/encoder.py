@@ -5,6 +5,7 @@ channels (RGB).
 """
 
 import logging
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -28,6 +29,8 @@ KEPT_TEXTS = 4096
 WARMUP_SIDE = 64
 RECOVER_AFTER = 64
 """Full batches that must fit until larger ones are tried again."""
+OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|CU(BLAS|DNN)_STATUS_\w*ALLOC(ATION)?_FAILED")
+"""What plain RuntimeErrors of torch's say of it: cuBLAS and cuDNN take memory past the allocator with its own error."""
 
 
 class Encoder:
@@ -210,4 +213,4 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an error of torch's means that memory, of GPU or machine, is used up."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None

@@ -1,15 +1,9 @@
-"""Loads `open_clip` models: by pretrained tag, or from a file in OpenAI's or open_clip's layout.
-
-A model's activation is no part of its weights: OpenAI's were trained with QuickGELU, and in a model without it they
-load and give wrong embeddings. Weights that are seen to want another activation than the named model's are refused.
-"""
+"""Loads `open_clip` models: by pretrained tag, or from a file in OpenAI's or open_clip's layout."""
 
 import contextlib
 import difflib
-import json
 import logging
 import pickle
-import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,15 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
+from services.rewards.activation import Sign, refuse_other, sign_of
 from services.rewards.sources import Source, WeightsError, check_file, sha256_of
 
 OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")
 """Numbers that OpenAI's state dicts hold beside the weights."""
-QUICK_GELU_MAKERS = ("openai", "metaclip", "dfn2b", "dfn5b")
-GELU_MAKERS = ("laion", "datacomp", "commonpool", "hps")
-"""What files of weights with either activation are commonly called after: the beginning of a word of their names."""
 REASON_CHARS = 120
-QUICK_GELU_SUFFIX = "-quickgelu"
 SHOWN = 3
 MINIATURE = Path(__file__).parent / "weights" / "mini-clip.json"
 
@@ -72,7 +63,9 @@ def load_clip(name: str, source: Source, *, cache_dir: Path | None = None) -> Lo
     else:
         path, preprocessing = check_file(source.path, source.sha256), {}
         state = read_state(path)
-        _check_activation(name, config, path, state)
+        sign = sign_of(path, openais=any(mark in state for mark in OPENAI_MARKS))
+        if sign is not None:
+            refuse_other(name, config, sign)
     model = create_model(name, preprocessing)
     _fill(model, name, path, state)
     transform = image_transform_v2(PreprocessCfg(**open_clip.get_model_preprocess_cfg(model)), is_train=False)
@@ -167,7 +160,7 @@ def _download(name: str, config: dict[str, Any], source: Source, cache_dir: Path
         tags = open_clip.list_pretrained_tags_by_model(name)
         remedy = f"give one of {', '.join(tags)}, or a path" if tags else "there are none by name, give a path"
         raise WeightsError(f"model {name} has no weights {tag!r}: {remedy}")
-    _refuse_other_activation(name, config, f"weights {tag!r}", wanted=bool(known.get("quick_gelu")))
+    refuse_other(name, config, Sign(f"weights {tag!r}", bool(known.get("quick_gelu"))))
     try:
         return Path(download_pretrained(known, cache_dir=None if cache_dir is None else str(cache_dir))), known
     except Exception as error:  # of the hub's client, urllib or the disk
@@ -175,40 +168,6 @@ def _download(name: str, config: dict[str, Any], source: Source, cache_dir: Path
             f"weights {tag!r} of {name} cannot be fetched: fetch them where there is a network, or give the path of a "
             f"file ({_reason(error)})"
         ) from error
-
-
-def _check_activation(name: str, config: dict[str, Any], path: Path, state: State) -> None:
-    """Refuse weights of which something tells that they want another activation."""
-    beside = path.parent / "open_clip_config.json"
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        said = json.loads(beside.read_text("utf-8")).get("model_cfg", {}).get("quick_gelu", False)
-        _refuse_other_activation(
-            name, config, f"weights {path}, by the open_clip_config.json beside them,", wanted=said
-        )
-    if any(mark in state for mark in OPENAI_MARKS):
-        _refuse_other_activation(name, config, f"weights {path} are OpenAI's and", wanted=True)
-    for makers, wanted in ((QUICK_GELU_MAKERS, True), (GELU_MAKERS, False)):
-        maker = next((maker for maker in makers if _is_called_after(path, maker)), None)
-        if maker is not None:
-            words = f"weights {path} are {maker}'s by their name (change it if they are not) and"
-            _refuse_other_activation(name, config, words, wanted=wanted)
-
-
-def _is_called_after(path: Path, maker: str) -> bool:
-    """Whether a word of a file's name, of its folder's, or of its repository's in the hub's cache begins so."""
-    names = [path.name, path.parent.name, *(part for part in path.parts if part.startswith("models--"))]
-    return any(word.startswith(maker) for name in names for word in re.split(r"[^a-z0-9]+", name.lower()))
-
-
-def _refuse_other_activation(name: str, config: dict[str, Any], subject: str, *, wanted: bool) -> None:
-    if bool(config.get("quick_gelu")) == wanted:
-        return
-    other = name.removesuffix(QUICK_GELU_SUFFIX) if not wanted else name + QUICK_GELU_SUFFIX
-    if other == name or other not in open_clip.list_models():
-        return  # there is no other to name: open_clip has paired these itself
-    raise WeightsError(
-        f"{subject} want {'QuickGELU' if wanted else 'GELU'}, which model {name} has not: name the model {other}"
-    )
 
 
 def create_model(name: str, preprocessing: dict[str, Any]) -> nn.Module:

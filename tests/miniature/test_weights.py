@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,14 +81,25 @@ def test_the_variety_of_samples_is_that_of_the_renders() -> None:
     assert metrics["diversity/temperature_1"] == pytest.approx(metrics["diversity/renders"], rel=0.2)
 
 
+def told(record: dict[str, Any]) -> list[str]:
+    """The cells of a stage as the page has them; a head is solved for, without steps."""
+    schedule, threads = record["schedule"], record["hardware"].replace("1 threads", "1 thread")
+    steps = "solved at once" if schedule is None else f"{schedule['steps']:,} × {schedule['batch']}"
+    return [record["command"], steps, f"{record['seconds']:,}", threads]
+
+
 def test_the_page_shows_the_recorded_metrics() -> None:
-    """Every `stage: metric` of the table in docs/miniature.md stands beside its recorded value."""
+    """Every `stage: metric` of the table in docs/miniature.md stands beside its recorded value, every stage beside its
+    command, schedule, seconds and hardware.
+    """
     rows = re.findall(r"^\| .* \| `(\w+): ([^`]+)` \| [^|]* \| ([\d.]+)( %| dB|) \|$", PAGE, flags=re.MULTILINE)
     assert {(stage, metric) for stage, metric, *_ in rows} >= {(stage, metric) for stage, metric, *_ in BARS}
     for stage, metric, shown, unit in rows:
         value = read_records()[stage]["metrics"][metric] * (100 if unit == " %" else 1)
         decimals = len(shown.partition(".")[2])
         assert f"{value:.{decimals}f}" == shown, f"{stage}: {metric}"
+    stages = re.findall(r"^\| (\w+) \| `([^`]+)` \| ([^|]+) \| ([\d,]+) \| ([^|]+) \|$", PAGE, flags=re.MULTILINE)
+    assert {stage: cells for stage, *cells in stages} == {s: told(record) for s, record in read_records().items()}
 
 
 def test_policy_and_tokenizer_fit_together(models: tuple[VAR, VQVAE]) -> None:

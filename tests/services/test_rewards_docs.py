@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from services.rewards import ENTRY_POINT_GROUP
 from services.rewards.anyone import DEFAULTS, default_name
 from tests.services.conftest import ROOT, Process
 from tests.shellblocks import blocks, shell_lines
-from tests.test_examples import EXAMPLES, serve_standalone
+from tests.test_examples import EXAMPLES, ONE_STEP, assert_trained_on, serve_standalone
 from trainer.options import load_config, parse_overrides
 from trainer.shaping import Affine
 
@@ -40,8 +41,8 @@ def table(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
 
 
-def shell(line: str, folder: Path) -> str:
-    """What a line prints, in a folder that stands for the root."""
+def shell(line: str, folder: Path, *, timeout_s: float = 60, silent: bool = True) -> str:
+    """What a line prints, in a folder that stands for the root; nothing of it on the error stream, if it is silent."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = ["bash", "-euo", "pipefail", "-c", line]
     done = subprocess.run(
@@ -50,10 +51,11 @@ def shell(line: str, folder: Path) -> str:
         env={"PATH": path, "PYTHONPATH": f"{ROOT}"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=timeout_s,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, ""), line
+    assert done.returncode == 0, f"{line}: {done.stderr[-2000:]}"
+    assert not (silent and done.stderr), line
     return done.stdout
 
 
@@ -87,11 +89,25 @@ def test_the_standalone_lines_run(tmp_path: Path) -> None:
 
 
 def test_the_training_line_is_a_valid_run() -> None:
-    """It trains against the page's service by the raw score; it is too long to be run here."""
+    """It trains against the page's service by the raw score."""
     start, recipe, *overrides = line_of("trainer.run").removeprefix("python -m ").split()
     assert start == "trainer.run"
     (reward,) = load_config(recipe, parse_overrides(overrides)).rewards
     assert (reward.name, reward.url, reward.shape) == ("contrast", ADDRESS, Affine())
+
+
+@pytest.mark.slow
+@pytest.mark.redis
+def test_the_training_line_trains_against_the_class_of_the_page(start: Start, tmp_path: Path) -> None:
+    """As it is typed, but for the port, the folder, and the number and size of its steps."""
+    (program,) = blocks(PAGE, "python")
+    (tmp_path / "my_reward.py").write_text(program)
+    serve = ("serve", "my_reward:Contrast", "--port", "0", "--announce", "--until-stdin-closes")
+    url = start(*serve, PYTHONPATH=str(tmp_path)).url()
+    typed = line_of("trainer.run").replace(ADDRESS, url)
+    shell(f"{typed} {shlex.join(ONE_STEP)}", tmp_path, timeout_s=200, silent=False)
+    (line,) = (tmp_path / "runs" / "mini-bright" / "metrics.jsonl").read_text().splitlines()
+    assert_trained_on("contrast", json.loads(line))
 
 
 def test_list_and_the_entry_point_are_the_codes(tmp_path: Path) -> None:

@@ -84,7 +84,10 @@ def test_it_is_served_on_the_cpu_end_to_end(
     start: Callable[..., Process],
     redis_url: str,
 ) -> None:
-    """`clip` and `aesthetic` by HTTP, queue and worker score as open_clip does by hand, whichever layout they read."""
+    """`clip` and `aesthetic` by HTTP, queue and worker score as open_clip does by hand, whichever layout they read.
+
+    And a picture alone as in the batch, to 1e-5.
+    """
     from services.rewards.head import load_head
 
     settings = ON_A_CPU | environment(weights[layout], head) | {"REDIS_URL": redis_url}
@@ -94,8 +97,11 @@ def test_it_is_served_on_the_cpu_end_to_end(
         ("aesthetic", None, load_head(head)(vectors), 0.05),
     ):
         service = start("serve", name, "--port", "0", "--announce", **settings)
-        answer = score(service.announced()["rewards"][name], pictures, prompts)
+        url = service.announced()["rewards"][name]
+        answer = score(url, pictures, prompts)
         assert answer.scores == pytest.approx(expected, abs=bound)
+        alone = score(url, pictures[:1], None if prompts is None else prompts[:1])
+        assert alone.scores == pytest.approx(answer.scores[:1], rel=0, abs=1e-5)
         assert answer.reward == name
         assert MODEL in answer.version
         service.send(signal.SIGTERM)

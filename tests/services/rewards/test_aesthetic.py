@@ -21,6 +21,8 @@ from tests.services.rewards.models import SMALL_NAME, noise, photograph
 from trainer.miniature.render import HELD_OUT_SEED, WIDE_WORLD, render_set
 
 PINNED = [3.9157, 3.368, 8.4595, 3.9192, 8.7136, 7.5883, 3.3605, 5.3363]
+HALF_BOUNDS = {"bfloat16": 0.1, "float16": 0.01}
+"""By which a score in half precision may differ, as docs/clip_and_aesthetic.md states it."""
 PICTURES = [make(*size) for make in (photograph, noise) for size in ((32, 32), (64, 64), (224, 224), (300, 400))]
 
 
@@ -56,6 +58,20 @@ def test_the_batch_never_changes_a_score(aesthetic: MiniatureAesthetic) -> None:
     whole = aesthetic.score(images, None)
     assert whole == pytest.approx([aesthetic.score(image[None], None)[0] for image in images], abs=1e-5)
     assert aesthetic.score(images[::-1].copy(), None) == pytest.approx(whole[::-1], abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_stays_within_its_bound(precision: Any, aesthetic: MiniatureAesthetic) -> None:
+    """On pictures of both kinds, scaled up and down; and so does what the batch changes."""
+    half = MiniatureAesthetic.configured(RewardOptions(runtime=Runtime(device="cpu", precision=precision)))
+    half.warmup()
+    images = np.stack([(photograph if seed % 2 else noise)(64, 64, seed=seed) for seed in range(32)])
+    whole = half.score(images, None)
+    differences = [whole - aesthetic.score(images, None)]
+    differences += [half.score(picture[None], None) - aesthetic.score(picture[None], None) for picture in PICTURES]
+    assert 0 < np.abs(np.concatenate(differences)).max() < HALF_BOUNDS[precision]
+    alone = [half.score(image[None], None)[0] for image in images[:8]]
+    assert alone == pytest.approx(whole[:8], rel=0, abs=HALF_BOUNDS[precision])
 
 
 def test_the_settings_name_head_and_model(small_source: Source, tmp_path: Path) -> None:

@@ -70,6 +70,14 @@ def test_the_prompt_of_the_settings_is_for_pictures_without() -> None:
         bare.score(images, None)
 
 
+@pytest.mark.parametrize("prompts", [["one"], ["one", "two"], ["one"] * 4, []])
+def test_another_number_of_prompts_than_of_images_is_refused(clip: MiniatureClip, prompts: list[str]) -> None:
+    """One prompt is not silently every image's."""
+    images = np.stack([noise(64, 64, seed=seed) for seed in range(3)])
+    with pytest.raises(ValueError, match=f"^3 images with {len(prompts)} prompts: give one for each image"):
+        clip.score(images, prompts)
+
+
 def test_the_version_changes_with_whatever_changes_a_score(tmp_path: Path) -> None:
     """Model, weights, prompt and precision; nothing that does not."""
     (tmp_path / "a.pt").write_bytes(b"a")

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from services.rewards.aesthetic import DEFAULT_CACHE, PUBLISHED
 from services.rewards.head import fold, load_head
 from services.rewards.sources import WeightsError, check_file
+from tests.services.conftest import ROOT
 
 LAION_SIZES = {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
 """Number in the published predictor, and inputs and outputs, of each linear layer; dropout has the other numbers."""
 NAME = "sac+logos+ava1-l14-linearMSE.pth"
+SHARED = ROOT.parent / "shared" / "data"
 
 
 def unit_vectors(count: int, dimensions: int) -> Tensor:
@@ -52,8 +54,8 @@ def test_the_fold_scores_as_the_layers_do() -> None:
 
 
 def published_head() -> Path | None:
-    """The published file where it is at hand: `LAION_HEAD` names it, or it was downloaded before."""
-    places = [Path(os.environ.get("LAION_HEAD", "")), DEFAULT_CACHE.expanduser() / NAME]
+    """The published file where it is at hand: `LAION_HEAD` names it, or it lies beside the checkout or in the cache."""
+    places = [Path(os.environ.get("LAION_HEAD", "")), SHARED / NAME, DEFAULT_CACHE.expanduser() / NAME]
     return next((place for place in places if place.is_file()), None)
 
 
