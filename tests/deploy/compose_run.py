@@ -7,6 +7,7 @@ neither a run of the checkout's nor a project of the same name is touched.
 import json
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import time
@@ -23,7 +24,10 @@ DOCKER = shutil.which("docker")
 PROJECT = "var-grpo-test"
 PORTS = {"BRIGHTNESS": "18101", "CLIP": "18102", "AESTHETIC": "18103"}
 SLIM, FULL, TRAINER = (f"var-grpo/{name}:test" for name in ("services-slim", "services", "trainer"))
-SERVING = [f"{name}-{role}" for name in ("brightness", "clip", "aesthetic") for role in ("api", "worker")]
+REWARDS = ("brightness", "clip", "aesthetic")
+SERVING = [f"{name}-{role}" for name in REWARDS for role in ("api", "worker")]
+TELLING = {"trainer": 9400, **{f"{name}-api": 8000 for name in REWARDS}}
+"""Who answers at /metrics, and on which port of its container."""
 TIMINGS = ("seconds/", "images_per_second")
 LEAST_BRIGHT = 0.95
 STEPS = 60
@@ -57,7 +61,8 @@ class Stack:
         shutil.copy(ROOT / "docker-compose.yml", folder)
         shutil.copytree(ROOT / "services" / "compose", folder / "services" / "compose")
         ports = {f"VAR_GRPO_{name}_PORT": port for name, port in PORTS.items()}
-        self.environment = {**os.environ, "VAR_GRPO_TAG": "test", **ports}
+        self.token = secrets.token_hex(32)
+        self.environment = {**os.environ, "VAR_GRPO_TAG": "test", "REWARD_TOKEN": self.token, **ports}
 
     def compose(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run one command of Compose."""
@@ -93,20 +98,26 @@ class Stack:
         read = [json.loads(line) for line in lines]
         return [{key: value for key, value in line.items() if not key.startswith(TIMINGS)} for line in read]
 
-    def dead_letters(self) -> dict[str, float]:
-        """How many jobs of each reward were given up, as its API tells."""
-        found = {}
-        for name in ("brightness", "clip", "aesthetic"):
-            code = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:8000/metrics').read().decode())"
-            text = self.inside(f"{name}-api", f'python -c "{code}"')
-            values = re.findall(r"^reward_dead_letters(?:_total|_held)\{.*\} (\S+)$", text, flags=re.MULTILINE)
-            assert len(values) == 2, text
-            found[name] = max(map(float, values))
-        return found
+    def told(self) -> dict[str, str]:
+        """What APIs and trainer tell at /metrics, by service; of those that answer."""
+        code = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:{}/metrics').read().decode())"
+        said = {name: self.inside(name, f'python -c "{code.format(port)}"') for name, port in TELLING.items()}
+        return {name: text for name, text in said.items() if text.startswith("# HELP")}
 
     def logs(self) -> str:
         """Everything that any container has said."""
         return self.compose("logs", "--no-color").stdout
+
+
+def dead_letters(told: dict[str, str]) -> dict[str, float]:
+    """How many jobs of each reward were given up, by what its API told."""
+    found = {}
+    for name in REWARDS:
+        text = told.get(f"{name}-api", "")
+        values = re.findall(r"^reward_dead_letters(?:_total|_held)\{.*\} (\S+)$", text, flags=re.MULTILINE)
+        assert len(values) == 2, f"{name}-api: {text}"
+        found[name] = max(map(float, values))
+    return found
 
 
 class Ended(NamedTuple):
@@ -119,6 +130,7 @@ class Ended(NamedTuple):
     metrics: list[dict[str, Any]]
     summary: dict[str, Any]
     logs: str
+    told: dict[str, str]
     password: str
 
 
@@ -140,7 +152,9 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
 def run(stack: Stack, disturb: Callable[[int], None] = lambda step: None) -> Ended:
     """Type `docker compose up --exit-code-from trainer`, look at it as long as it goes, and say how it ended."""
     process = stack.up()
-    health, dead, password = {}, {}, ""
+    health: dict[str, str] = {}
+    told: dict[str, str] = {}
+    password = ""
     while process.poll() is None:
         step = len(stack.metrics())
         disturb(step)
@@ -152,7 +166,7 @@ def run(stack: Stack, disturb: Callable[[int], None] = lambda step: None) -> End
             )
             seen = stack.health()
             if set(SERVING) <= seen.keys():
-                health, dead = seen, stack.dead_letters()
+                health, told = seen, told | stack.told()
         time.sleep(0.5)
     folder = stack.folder / "runs" / "mini-bright"
     summary = folder / "summary.json"
@@ -160,7 +174,15 @@ def run(stack: Stack, disturb: Callable[[int], None] = lambda step: None) -> End
     said = (stack.folder / "up.log").read_text() + stack.logs()
     assert summary.exists(), said[-5000:]
     return Ended(
-        process.returncode, health, dead, restarts, stack.metrics(), json.loads(summary.read_text()), said, password
+        code=process.returncode,
+        health=health,
+        dead=dead_letters(told),
+        restarts=restarts,
+        metrics=stack.metrics(),
+        summary=json.loads(summary.read_text()),
+        logs=said,
+        told=told,
+        password=password,
     )
 
 
@@ -221,6 +243,20 @@ def test_the_password_is_nowhere_but_in_its_volume(undisturbed: tuple[Stack, End
         assert ended.password not in docker("history", "--no-trunc", image).stdout
     for path in (stack.folder / "runs").rglob("*"):
         assert not path.is_file() or ended.password.encode() not in path.read_bytes(), path
+
+
+def test_the_token_is_in_nothing_that_is_told_or_kept(undisturbed: tuple[Stack, Ended]) -> None:
+    """The rewards ask for it and the trainer sends it; no log, no metric and no file of the run has it."""
+    stack, ended = undisturbed
+    containers = stack.containers()
+    for name in TELLING:
+        assert f"REWARD_TOKEN={stack.token}" in containers[name]["Config"]["Env"], name
+    assert stack.token not in ended.logs
+    assert ended.told.keys() == TELLING.keys()
+    assert re.search(r'^reward_requests_total\{.*status="200".*\} [1-9]', ended.told["brightness-api"], re.MULTILINE)
+    assert stack.token not in "".join(ended.told.values())
+    for path in (stack.folder / "runs").rglob("*"):
+        assert not path.is_file() or stack.token.encode() not in path.read_bytes(), path
 
 
 @pytest.mark.parametrize("image", [SLIM, FULL, TRAINER])

@@ -1,6 +1,7 @@
 """Rules of the Dockerfiles: each function gives the faults it finds in the text of one, one line each."""
 
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,4 +66,32 @@ def packages(file: Path) -> Faults:
         yield f"{found[0]}: it would be a secret in the image"
 
 
-RULES = (bases, final, packages)
+def installed(file: Path) -> dict[str, set[str]]:
+    """What is named to be installed, by stage."""
+    text = file.read_text("utf-8").replace("\\\n", " ")
+    found = re.findall(r"^FROM uv AS (\S+)\nRUN for name in ([^;]+);", text, flags=re.MULTILINE)
+    return {stage: set(names.split()) for stage, names in found}
+
+
+def normalised(name: str) -> str:
+    """The name of a distribution as an index and requirements.lock have it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def dependencies() -> set[str]:
+    """What pyproject.toml names, and hiredis, which is the extra of redis."""
+    names = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    return {normalised(re.split(r"[^\w.-]", name)[0]) for name in names} | {"hiredis"}
+
+
+def named(file: Path) -> Faults:
+    """The packages are those of pyproject.toml; the image without torch has some of them and no other."""
+    stages_, wanted = installed(file), dependencies()
+    for name in sorted(wanted - stages_.get("packages", set())):
+        yield f"packages: {name} of pyproject.toml is not installed"
+    for stage, names in stages_.items():
+        for name in sorted(names - wanted):
+            yield f"{stage}: {name} is not in pyproject.toml"
+
+
+RULES = (bases, final, packages, named)

@@ -71,7 +71,7 @@ def environment(objects: Sequence[Object]) -> Faults:
         for name in given:
             if name not in known and name not in OF_LIBRARIES:
                 yield f"{where}: nobody reads the variable {name}"
-        if component in {"api", "worker"} and "REDIS_URL" not in given:
+        if component in {"api", "worker"} and not given.get("REDIS_URL") and "REDIS_URL" not in _required(container):
             yield f"{where}: REDIS_URL is not set"
         for name in {variable["name"] for variable in container.get("env", [])}:
             if [variable["name"] for variable in container["env"]].count(name) > 1:
@@ -88,6 +88,14 @@ def variables_of(objects: Sequence[Object], container: Object) -> dict[str, str]
         if "value" in variable:
             given[variable["name"]] = variable["value"]
     return given
+
+
+def _required(container: Object) -> set[str]:
+    """The variables of Secrets without which the container does not start."""
+    sources = {variable["name"]: variable.get("valueFrom", {}) for variable in container.get("env", [])}
+    return {
+        name for name, source in sources.items() if not source.get("secretKeyRef", {"optional": True}).get("optional")
+    }
 
 
 def _known(component: str) -> set[str]:

@@ -56,7 +56,7 @@ def test_the_template_of_an_own_reward_fits() -> None:
     served = {name for name, _ in compose_rules.of_role(document, "api")}
     assert served == {"brightness-api", "clip-api", "aesthetic-api", "own-api"}
     assert (ROOT / own["own-api"]["volumes"][0].split(":")[0] / "jpeg_compressibility.py").is_file()
-    for rule in set(compose_rules.RULES) - {compose_rules.observed, compose_rules.mounts}:
+    for rule in set(compose_rules.RULES) - {compose_rules.mounts}:
         assert list(rule(document)) == [], rule
     (asks,) = compose_rules.trains(both["trainer"]).rewards
     assert (asks.name, asks.url) == ("jpeg-compressibility", "http://own-api:8000")
@@ -141,6 +141,7 @@ FAULTS = [
     Fault(R.commands, "shares no network", f"{API}.networks", ["queue"]),
     Fault(R.observed, "asks brightness-api, which there is not", API, GONE),
     Fault(R.observed, "shares no network with brightness-api", f"{API}.networks", ["queue"]),
+    Fault(R.observed, "asks trainer on port 9400", f"{TRAINER}.command", ["api", "brightness"]),
     Fault(R.observed, "does not ask dark-api", "services.dark-api", {"command": ["api", "dark"]}),
     Fault(R.observed, "tells Prometheus nothing", f"{TRAINER}.command.7", "--run.loggers=[tensorboard]"),
 ]
@@ -167,6 +168,20 @@ def test_each_rule_finds_its_fault(fault: Fault) -> None:
     """And says which."""
     found = list(fault.rule(change(load(COMPOSE), fault.path, fault.value)))
     assert any(fault.says in line for line in found), found
+
+
+def test_a_grafana_that_asks_elsewhere_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its data source is a file of its own."""
+    real = compose_rules.read_yaml
+
+    def planted(name: str) -> Any:
+        content = real(name)
+        for source in content.get("datasources", []):
+            source["url"] = "http://prometheus:9091"
+        return content
+
+    monkeypatch.setattr(compose_rules, "read_yaml", planted)
+    assert list(R.observed(load(COMPOSE))) == ["grafana asks http://prometheus:9091"]
 
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.parent.name)
@@ -200,6 +215,11 @@ def test_the_dockerfiles_keep_the_rule(rule: Callable[[Path], Any], file: Path) 
             "--require-hashes --index-url https://example.org/simple",
         ),
         (image_rules.packages, "a secret", "USER 10001:10001", "ENV REWARD_TOKEN=hunter2\nUSER 10001:10001"),
+        (image_rules.named, "packages: jinja2 of pyproject.toml", " jinja2 ", " "),
+        (
+            *(image_rules.named, "slim-packages: requests is not", "FROM uv AS slim-packages\nRUN for name in "),
+            "FROM uv AS slim-packages\nRUN for name in requests ",
+        ),
     ],
 )
 def test_each_rule_of_the_dockerfiles_finds_its_fault(
@@ -228,16 +248,41 @@ def test_variables_are_resolved_as_compose_does() -> None:
     assert interpolate("${A:-b}", {"A": "c"}) == "c"
 
 
-def alerts(file: Any) -> set[str]:
-    """The names of a file's alerts."""
-    return {rule["alert"] for group in file["groups"] for rule in group["rules"]}
+def alerts(file: Any) -> dict[str, Any]:
+    """What raises each of a file's alerts, and how urgent it is; a cluster's label apart."""
+    return {
+        rule["alert"]: (
+            " ".join(rule["expr"].replace("namespace, ", "").split())
+            if rule["alert"] != "RewardQueueUnseen"  # targets have other labels in a cluster
+            else "",
+            rule.get("for"),
+            rule["labels"],
+        )
+        for group in file["groups"]
+        for rule in group["rules"]
+    }
+
+
+def of_cluster() -> Any:
+    """The rules that a cluster's Prometheus is told."""
+    return yaml.safe_load((ROOT / "k8s/overlays/monitoring/alerts.yaml").read_text("utf-8"))["spec"]
 
 
 def test_the_same_alerts_are_in_both_places() -> None:
     """What a cluster's Prometheus is told, and what Compose's is."""
-    cluster = yaml.safe_load((ROOT / "k8s/overlays/monitoring/alerts.yaml").read_text("utf-8"))["spec"]
-    ours = compose_rules.read_yaml("prometheus/alerts.yml")
-    assert alerts(ours) == alerts(cluster) - {"TrainerNotStarted"}  # by kube-state-metrics
+    cluster = alerts(of_cluster())
+    del cluster["TrainerNotStarted"]  # by kube-state-metrics
+    assert alerts(compose_rules.read_yaml("prometheus/alerts.yml")) == cluster
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("expr", "max by (reward) (reward_queue_oldest_seconds) > 90"), ("for", "3m"), ("labels", {})]
+)
+def test_an_alert_that_differs_is_found(key: str, value: object) -> None:
+    """By its expression, its time or its labels."""
+    planted = of_cluster()
+    planted["groups"][0]["rules"][0][key] = value
+    assert alerts(planted) != alerts(of_cluster())
 
 
 def test_the_guide_has_a_row_for_each_alert() -> None:

@@ -12,6 +12,8 @@ import yaml
 
 from services.rewards import create_reward
 from services.settings import load_settings
+from tests.deploy.compose_files import COMPOSE, load
+from tests.deploy.compose_rules import builds
 from tests.deploy.k8s_links import SECRETS
 from tests.deploy.k8s_manifests import (
     K8S,
@@ -26,7 +28,7 @@ from tests.deploy.k8s_manifests import (
     read,
     render,
 )
-from tests.deploy.k8s_pods import variables_of
+from tests.deploy.k8s_pods import PUBLISHED, variables_of
 from tests.deploy.test_k8s_rules import every_set, needs_kustomize
 from trainer.settings import Settings as TrainerSettings
 
@@ -82,6 +84,40 @@ def test_the_base_needs_no_custom_resource_and_no_gpu() -> None:
     groups = {str(thing["apiVersion"]).partition("/")[0] for thing in flat()}
     assert groups == {"v1", "apps", "batch", "autoscaling", "policy", "networking.k8s.io"}
     assert "gpu" not in yaml.safe_dump_all(flat())
+
+
+def unbuilt(objects: list[Object]) -> set[str]:
+    """The images of our own that docker-compose.yml, and so `make images`, does not build by this name and tag."""
+    return (
+        {container["image"] for _, _, container in every_container(objects)} - PUBLISHED - builds(load(COMPOSE)).keys()
+    )
+
+
+def other_tags(page: str) -> set[str]:
+    """The tags of our images on a page that are not the one that is built."""
+    named_ = set(re.findall(r"var-grpo/(?:services|services-slim|trainer):([\w.-]*\w)|newTag: ([\w.-]*\w)", page))
+    return {image or tag for image, tag in named_} - {image.rpartition(":")[2] for image in builds(load(COMPOSE))}
+
+
+@every_set
+def test_the_images_are_those_that_compose_builds(name: str) -> None:
+    """By name and tag, which stand there once."""
+    assert unbuilt(objects_of(name)) == set()
+
+
+def test_tool_and_handbook_name_the_images_that_compose_builds() -> None:
+    """The pod that looks into the runs, and what a reader types."""
+    assert unbuilt(read((K8S / "tools" / "runs.yaml").read_text("utf-8"))) == set()
+    assert re.search(r"kind load docker-image var-grpo/services:", handbook())
+    assert other_tags(handbook()) == set()
+
+
+def test_an_image_with_another_tag_is_found() -> None:
+    """In a manifest and in the handbook."""
+    tool = (K8S / "tools" / "runs.yaml").read_text("utf-8").replace("trainer:0.1.0", "trainer:0.2.0")
+    assert unbuilt(read(tool)) == {"var-grpo/trainer:0.2.0"}
+    assert other_tags(handbook().replace("services-slim:0.1.0", "services-slim:0.2.0")) == {"0.2.0"}
+    assert other_tags(handbook().replace("newTag: 0.1.0", "newTag: 0.3.0")) == {"0.3.0"}
 
 
 @every_set
