@@ -55,7 +55,9 @@ class _Section(BaseModel):
 
 
 def _expand_range(value: object) -> object:
-    """`3-5` as [3, 4, 5]."""
+    """`3-5` as [3, 4, 5], and 3 as [3]."""
+    if type(value) is int:
+        return (value,)
     if not isinstance(value, str):
         return value
     first, _, last = value.replace(" ", "").partition("-")

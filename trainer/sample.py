@@ -89,6 +89,9 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         if not 0 < count <= MOST_SEEDS - len(seeds):
             raise ConfigError(f"--seeds: {part!r} is {count} seeds; give from 1 to {MOST_SEEDS:,} of them")
         seeds += range(int(first), int(last or first) + 1)
+    if len(set(seeds)) < len(seeds):
+        twice = next(seed for seed in seeds if seeds.count(seed) > 1)
+        raise ConfigError(f"--seeds: {twice} is given twice; name each seed once")
     return tuple(seeds)
 
 

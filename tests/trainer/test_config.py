@@ -200,6 +200,7 @@ def test_options_reach_nested_keys_and_entries_of_lists() -> None:
     assert (reward.weight, reward.url, reward.shape) == (-2.0, "http://127.0.0.1:9", AtLeast(at_least=0.5))
     assert load("--rewards", "[{name: brightness}, {name: other}]").rewards[1].name == "other"
     assert load("--rollout.classes", "2-5").rollout.classes == (2, 3, 4, 5)
+    assert load("--rollout.classes", "2").rollout.classes == (2,)
 
 
 def test_an_option_does_not_change_the_others() -> None:

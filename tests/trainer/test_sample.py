@@ -263,6 +263,7 @@ WRONG: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("miniature", "--labels", "5-2"), ("5-2 runs backwards; write 2-5",)),
     (("miniature", "--labels", "16"), ("there is no label 16; the nearest is 15",)),
     (("miniature", "--seeds", "x"), ("'x' is no seed",)),
+    (("miniature", "--seeds", "0,1-3,2"), ("--seeds: 2 is given twice",)),
     (("miniature", "--seeds", "0-99999"), ("100000 seeds; give from 1 to 10,000",)),
     (("miniature", "--seeds", "9-1"), ("give from 1",)),
     (("miniature", "--topk", "3"), ("unknown option --topk: the nearest is '--top-k'",)),
