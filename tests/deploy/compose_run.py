@@ -361,7 +361,7 @@ BAD = [
         *("http://nowhere.invalid:8000", "correct the URL"),
     ),
     Bad(TRAINER, RECIPE, {"TRAINER_METRICS_PROT": "1"}, "TRAINER_METRICS_PROT", "TRAINER_METRICS_PORT"),
-    Bad(TRAINER, [*RECIPE, "--model.var=/weights/none.pth"], {}, "/weights/none.pth", "correct the path"),
+    Bad(TRAINER, [*RECIPE, "--model.var=/weights/none.pth"], {}, "/weights/none.pth", "the nearest is"),
 ]
 
 
