@@ -190,8 +190,8 @@ def _colourful(programme: Programme) -> Claim:
     return Claim(
         "… and the pictures stay colourful",
         "colourfulness above that of painting alone",
-        [f"{b:.0f} against {a:.0f}" for a, b in pairs],
-        f"{both:.0f} against {alone:.0f}",
+        [f"{b:.1f} against {a:.1f}" for a, b in pairs],
+        f"{both:.1f} against {alone:.1f}",
         both > alone,
     )
 
