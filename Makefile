@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED := 1
 run: $(VENV)/.ready
 	$(BIN)/python -m trainer.run
 
-# Two files of tests at a time, a core each; those that count on the machine for themselves follow one by one.
+# Two files of tests at a time, a core each; those that measure time or take 10 GB of memory follow one by one.
 PAIR := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 test: $(VENV)/.ready .cache/checkov/.ready

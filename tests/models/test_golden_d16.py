@@ -12,7 +12,7 @@ from trainer.models.var import VAR, VARConfig
 from trainer.models.vqvae import VQVAE
 from trainer.policy import generate
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 TOLERANCE = {"atol": 1e-3, "rtol": 0.0}
 EVERY = 61  # the golden file keeps every 61st position and logit, and every 8th pixel
 Golden = dict[str, Tensor]

@@ -17,7 +17,7 @@ from tests.services.conftest import Process
 from tests.services.rewards.models import noise, photograph
 from tests.vit_l_14 import MODEL, ON_A_CPU, environment, make_model, save_head, save_model
 
-pytestmark = [pytest.mark.redis, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.redis, pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
 
 PROMPTS = ["an old picture", "a painting", "a painting"]
 

@@ -45,7 +45,7 @@ IN_BFLOAT16 = {"run.device": "cpu", "rollout.labels": "2", "optim.minibatch": "4
 ON_A_GPU = {"rollout.labels": "2", "rollout.group_size": "16", "rollout.chunk": "16", "optim.minibatch": "32"}
 RUN_S = 540.0
 
-pytestmark = [pytest.mark.redis, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.redis, pytest.mark.alone, pytest.mark.timeout(900)]
 
 
 def recipes(size: str) -> list[str]:
