@@ -29,19 +29,19 @@ class Metrics:
         self._values = (reward, version)
         self._registry = CollectorRegistry()
         self._requests = Counter("reward_requests", "Requests by status", [*LABELS, "status"], registry=self._registry)
-        self._images = Counter("reward_images", "Images scored", LABELS, registry=self._registry)
-        self._sizes = Histogram(
+        images = Counter("reward_images", "Images scored", LABELS, registry=self._registry)
+        sizes = Histogram(
             "reward_request_images", "Images in a request", LABELS, buckets=BATCH_BOUNDS, registry=self._registry
         )
-        self._seconds = Histogram(
+        seconds = Histogram(
             "reward_request_seconds",
             "Seconds of a request by phase",
             [*LABELS, "phase"],
             buckets=SECONDS_BOUNDS,
             registry=self._registry,
         )
-        self._scored, self._request_images = self._images.labels(*self._values), self._sizes.labels(*self._values)
-        self._phases = {phase: self._seconds.labels(*self._values, phase) for phase in PHASES}
+        self._scored, self._request_images = images.labels(*self._values), sizes.labels(*self._values)
+        self._phases = {phase: seconds.labels(*self._values, phase) for phase in PHASES}
 
     def count_request(self, status: int) -> None:
         """Count a request by the status of its answer."""
