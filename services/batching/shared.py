@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import sys
+import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -67,39 +68,47 @@ class Area:
 
 
 class Areas:
-    """The areas of one API; those that are free are used again, so that their memory need not be made anew."""
+    """The areas of one API; those that are free are used again, so that their memory need not be made anew.
+
+    Threads may use it: pictures are laid out on those that decode them.
+    """
 
     def __init__(self, *, enabled: bool) -> None:
         """Start with none; with `enabled` false, or where the system lacks what is needed, there never are any."""
         self._enabled = enabled and is_supported()
+        self._lock = threading.Lock()
         self._free: list[Area] = []
         self._in_use = 0
 
     def take(self, size: int) -> Area | None:
         """Give an area of at least `size` bytes to one request; None where images must go through Redis."""
-        if not self._enabled or self._in_use >= MOST_AREAS:
+        if not self._enabled:
             return None
         capacity = max(LEAST_BYTES, 1 << (size - 1).bit_length())
-        area = next((area for area in reversed(self._free) if area.capacity == capacity), None)
-        if area is not None:
-            self._free.remove(area)
-        else:
-            try:
-                area = Area(capacity)
-            except OSError:
+        with self._lock:
+            if self._in_use >= MOST_AREAS:
                 return None
-        self._in_use += 1
-        return area
+            area = next((area for area in reversed(self._free) if area.capacity == capacity), None)
+            if area is not None:
+                self._free.remove(area)
+            else:
+                try:
+                    area = Area(capacity)
+                except OSError:
+                    return None
+            self._in_use += 1
+            return area
 
     def give(self, area: Area, *, reusable: bool) -> None:
         """Take an area back from a request that is over, to use it again unless something may still write to it."""
-        self._in_use -= 1
-        if reusable:
-            self._free.append(area)
-        else:
-            area.close()
-        while sum(kept.capacity for kept in self._free) > KEPT_BYTES:
-            self._free.pop(0).close()
+        with self._lock:
+            self._in_use -= 1
+            if reusable:
+                self._free.append(area)
+            else:
+                area.close()
+            while sum(kept.capacity for kept in self._free) > KEPT_BYTES:
+                self._free.pop(0).close()
 
     @contextlib.contextmanager
     def lease(self) -> Iterator["Lease"]:

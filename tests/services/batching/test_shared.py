@@ -3,6 +3,8 @@
 import asyncio
 import json
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -125,3 +127,29 @@ def test_a_cancelled_request_leaves_no_area_for_others() -> None:
         request()
     assert not areas._free
     assert areas._in_use == 0
+
+
+def test_threads_that_take_and_give_at_the_same_time_get_areas_of_their_own() -> None:
+    """Pictures are laid out on several threads, and given back by the event loop."""
+    areas, used, problems = Areas(enabled=True), set(), []
+
+    def take_and_give() -> None:
+        for _ in range(3000):
+            area = areas.take(1)
+            if area is None or area.name in used:
+                problems.append(area)
+                return
+            used.add(area.name)
+            used.discard(area.name)
+            areas.give(area, reusable=True)
+
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for future in [pool.submit(take_and_give) for _ in range(8)]:
+                future.result()
+    finally:
+        sys.setswitchinterval(before_s)
+    assert not problems
+    areas.close()
