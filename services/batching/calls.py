@@ -1,40 +1,48 @@
-"""Calls of one script that are made at the same time, sent together: a round trip for all in place of one for each."""
+"""Calls of one script that are made at the same time, sent as one: a round trip for all in place of one for each.
+
+A client that waits for what the script adds to a stream then finds all of it at once.
+"""
 
 import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 from redis.asyncio import Redis
-from redis.exceptions import NoScriptError
 
 AT_ONCE = 64
+"""Calls in one run of the script: Redis does nothing else meanwhile."""
+
+Argument = str | int | bytes
 
 
 class Calls:
-    """A script whose calls share round trips; each has its own answer, or its own error."""
+    """A script of `lua` that answers several calls in one run; each has its own answer."""
 
-    def __init__(self, redis: "Redis", script: str) -> None:
+    def __init__(self, redis: "Redis", script: str, *, keys: Sequence[str], head: Sequence[Argument]) -> None:
         """Bind the script.
 
         Args:
             redis: a client of `streams.connect`.
-            script: in Lua.
+            script: in Lua; it ends as `lua` says.
+            keys: for all calls.
+            head: the arguments that all calls share.
         """
-        self._redis = redis
         self._script = redis.register_script(script)
-        self._waiting: list[tuple[list[Any], asyncio.Future[Any]]] = []
+        self._keys = list(keys)
+        self._head = list(head)
+        self._waiting: list[tuple[Sequence[Argument], asyncio.Future[Any]]] = []
         self._sending: asyncio.Task[None] | None = None
 
-    async def __call__(self, keys: Sequence[str], args: Sequence[str | int | bytes]) -> Any:
-        """Run the script once; others that are called meanwhile go with the next round trip.
+    async def __call__(self, *args: Argument) -> Any:
+        """Call the script with these arguments after the head; others that call meanwhile go with the next run.
 
         A caller that is cancelled does not take its call back.
 
         Raises:
-            RedisError, OSError: as any command.
+            RedisError, OSError: as any command; then all calls of the run fail alike.
         """
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiting.append(([len(keys), *keys, *args], future))
+        self._waiting.append((args, future))
         if self._sending is None:
             self._sending = asyncio.create_task(self._send())
         return await future
@@ -43,8 +51,9 @@ class Calls:
         try:
             while self._waiting:
                 calls, self._waiting = self._waiting[:AT_ONCE], self._waiting[AT_ONCE:]
+                args = [*self._head, *(part for call, _ in calls for part in (len(call), *call))]
                 try:
-                    answers = await self._run([arguments for arguments, _ in calls])
+                    answers = await self._script(keys=self._keys, args=args)
                 except BaseException as error:
                     for _, future in calls:
                         if not future.done():
@@ -54,33 +63,12 @@ class Calls:
                         raise
                     continue
                 for (_, future), answer in zip(calls, answers, strict=True):
-                    if future.done():
-                        continue
-                    if isinstance(answer, Exception):
-                        future.set_exception(answer)
-                    else:
+                    if not future.done():
                         future.set_result(answer)
         finally:
             self._sending = None
             for _, future in self._waiting:  # only where this task was cancelled
                 future.cancel()
-
-    async def _run(self, calls: Sequence[list[Any]]) -> list[Any]:
-        """Send some calls; those that Redis refused because it does not know the script are sent again."""
-        answers = await self._pipeline(calls)
-        unknown = [number for number, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
-        if unknown:
-            await self._redis.script_load(self._script.script)
-            again = await self._pipeline([calls[number] for number in unknown])
-            for number, answer in zip(unknown, again, strict=True):
-                answers[number] = answer
-        return answers
-
-    async def _pipeline(self, calls: Sequence[list[Any]]) -> list[Any]:
-        pipe = self._redis.pipeline(transaction=False)
-        for arguments in calls:
-            pipe.execute_command("EVALSHA", self._script.sha, *arguments)
-        return list(await pipe.execute(raise_on_error=False))
 
 
 def _like(error: BaseException) -> BaseException:

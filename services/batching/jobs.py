@@ -4,6 +4,7 @@ Shape suffixes: B images of a job, H height and W width in pixels, C = 3 channel
 """
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -112,7 +113,7 @@ async def collect(submitted: Sequence[Submitted]) -> list[Reply]:
     Raises:
         DeadlinePassed, ScoringFailed: a worker said so.
     """
-    starts = np.cumsum([0, *(job.images for job in submitted[:-1])]).tolist()
+    starts = itertools.accumulate((job.images for job in submitted[:-1]), initial=0)
     pending = {job.reply: start for job, start in zip(submitted, starts, strict=True)}
     while pending:
         done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)

@@ -102,53 +102,77 @@ return ids
 """
 )
 
+_ANSWER_EACH = """
+local answers = {}
+local k = HEAD + 1
+while k <= #ARGV do
+  local count = tonumber(ARGV[k])
+  answers[#answers + 1] = answer(k + 1, k + count)
+  k = k + count + 1
+end
+return answers
+"""
+"""The end of a script that answers several calls of `calls.Calls`: each is its number of arguments, then these. The
+script says how many arguments come before them (`HEAD`), and what answers one of `ARGV[first]` to `ARGV[last]`."""
+
 SUBMIT = (
     _PRELUDE
     + """
--- KEYS jobs uploads load; ARGV images bytes limit_images limit_bytes ttl_ms deadline_in_ms reply_key alive_ms request,
--- then uid images bytes shared for each job. ADMIT and ENQUEUE in one step, for payloads that lie in shared memory.
--- Returns {1, id…} if admitted, else {0, images, bytes that are there}.
-if redis.call('EXISTS', KEYS[3]) == 0 then recount(KEYS[1], KEYS[2], KEYS[3], ARGV[5]) end
+-- KEYS jobs uploads load; ARGV limit_images limit_bytes ttl_ms reply_key alive_ms, then calls of images bytes
+-- deadline_in_ms request, then uid images bytes shared for each job. ADMIT and ENQUEUE in one step, for payloads that
+-- lie in shared memory. Answers {1, id…} if admitted, else {0, images, bytes that are there}. The first write is one
+-- that a full Redis refuses.
+local HEAD = 5
+if redis.call('EXISTS', KEYS[3]) == 0 then recount(KEYS[1], KEYS[2], KEYS[3], ARGV[3]) end
 local images = tonumber(redis.call('HGET', KEYS[3], 'images'))
 local bytes = tonumber(redis.call('HGET', KEYS[3], 'bytes'))
-if images + ARGV[1] > tonumber(ARGV[3]) or bytes + ARGV[2] > tonumber(ARGV[4]) then return {0, images, bytes} end
-redis.call('HINCRBY', KEYS[3], 'images', ARGV[1])
-redis.call('HINCRBY', KEYS[3], 'bytes', ARGV[2])
-redis.call('PEXPIRE', KEYS[3], ARGV[5])
-redis.call('SET', ARGV[7] .. '"""
-    + ALIVE
-    + """', '1', 'PX', ARGV[8])
 local now = now_ms()
-local answer = {1}
-for k = 10, #ARGV, 4 do
-  answer[#answer + 1] = redis.call('XADD', KEYS[1], '*', 'uid', ARGV[k], 'images', ARGV[k + 1], 'bytes', ARGV[k + 2],
-    'reply', ARGV[7], 'request', ARGV[9], 'shared', ARGV[k + 3],
-    'submitted', string.format('%.0f', now), 'deadline', string.format('%.0f', now + ARGV[6]))
+local function answer(first, last)
+  if images + ARGV[first] > tonumber(ARGV[1]) or bytes + ARGV[first + 1] > tonumber(ARGV[2]) then
+    return {0, images, bytes}
+  end
+  images, bytes = images + ARGV[first], bytes + ARGV[first + 1]
+  redis.call('HINCRBY', KEYS[3], 'images', ARGV[first])
+  redis.call('HINCRBY', KEYS[3], 'bytes', ARGV[first + 1])
+  local ids = {1}
+  for k = first + 4, last, 4 do
+    ids[#ids + 1] = redis.call('XADD', KEYS[1], '*', 'uid', ARGV[k], 'images', ARGV[k + 1], 'bytes', ARGV[k + 2],
+      'reply', ARGV[4], 'request', ARGV[first + 3], 'shared', ARGV[k + 3],
+      'submitted', string.format('%.0f', now), 'deadline', string.format('%.0f', now + ARGV[first + 2]))
+  end
+  return ids
 end
-return answer
+redis.call('SET', ARGV[4] .. '"""
+    + ALIVE
+    + """', '1', 'PX', ARGV[5])
+redis.call('PEXPIRE', KEYS[3], ARGV[3])
 """
+    + _ANSWER_EACH
 )
 
 FINISH = (
     _PRELUDE
     + """
--- KEYS jobs load payload reply dead events; ARGV group id images bytes reply_ttl_ms dead_ttl_ms count_of_dead_fields,
--- then the fields of the dead letter (none: no dead letter), then those of the reply.
--- Replies and deletes only if this call acknowledged the entry; returns 1 if so. The first write comes before those
--- that need memory, so that a full Redis can still be emptied.
-if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
-if redis.call('XDEL', KEYS[1], ARGV[2]) == 1 then release(KEYS[2], ARGV[3], ARGV[4]) end
-redis.call('UNLINK', KEYS[3])
-local dead = tonumber(ARGV[7])
-if dead > 0 then
-  redis.call('XADD', KEYS[5], 'MAXLEN', '~', 1000, '*', unpack(ARGV, 8, 7 + dead))
-  redis.call('PEXPIRE', KEYS[5], ARGV[6])
-  count(KEYS[6], 'dead_letters', 1)
+-- KEYS jobs load dead events; ARGV group payload_prefix reply_ttl_ms dead_ttl_ms, then calls of id images bytes uid
+-- reply_key body, then the fields of the dead letter (none: no dead letter).
+-- Replies to a job and deletes it only if this call acknowledged its entry; answers 1 if so. The first write comes
+-- before those that need memory, so that a full Redis can still be emptied.
+local HEAD = 4
+local function answer(first, last)
+  if redis.call('XACK', KEYS[1], ARGV[1], ARGV[first]) == 0 then return 0 end
+  if redis.call('XDEL', KEYS[1], ARGV[first]) == 1 then release(KEYS[2], ARGV[first + 1], ARGV[first + 2]) end
+  redis.call('UNLINK', ARGV[2] .. ARGV[first + 3])
+  if last > first + 5 then
+    redis.call('XADD', KEYS[3], 'MAXLEN', '~', 1000, '*', unpack(ARGV, first + 6, last))
+    redis.call('PEXPIRE', KEYS[3], ARGV[4])
+    count(KEYS[4], 'dead_letters', 1)
+  end
+  redis.call('XADD', ARGV[first + 4], '*', 'uid', ARGV[first + 3], 'body', ARGV[first + 5])
+  redis.call('PEXPIRE', ARGV[first + 4], ARGV[3])
+  return 1
 end
-redis.call('XADD', KEYS[4], '*', unpack(ARGV, 8 + dead))
-redis.call('PEXPIRE', KEYS[4], ARGV[5])
-return 1
 """
+    + _ANSWER_EACH
 )
 
 DROP = (

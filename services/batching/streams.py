@@ -6,8 +6,9 @@ lease, and replied to by whoever acknowledges it first. See `lua` for the atomic
 
 import asyncio
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -21,6 +22,8 @@ from services.batching.calls import Calls
 from services.batching.keys import Keys
 from services.batching.shared import MappedAreas
 from services.batching.survey import BATCH_BOUNDS
+
+logger = logging.getLogger(__name__)
 
 GROUP = "workers"
 CANCEL_AGAIN_S = 0.5
@@ -36,6 +39,8 @@ FORGET_MS = 600_000
 STREAM_TTL_MS = 7 * 24 * 3_600_000
 """How long the stream of a version that nobody runs any more is kept."""
 DEAD_TTL_MS = 7 * 24 * 3_600_000
+MOST_OWNERS = 16
+"""APIs of which each reading asks whether they live; of another it is asked when a job of it has come."""
 
 QUEUE_GONE = (ConnectionError, TimeoutError, BusyLoadingError, OSError)
 """What is raised while Redis is away, and may pass."""
@@ -123,32 +128,45 @@ class Reply:
     queue_ms: float = 0.0
     score_ms: float = 0.0
 
-    def to_fields(self, uid: str) -> list[str]:
-        """The reply to job `uid` as the fields of a stream entry; its JSON holds no NaN."""
-        body = {name: getattr(self, name) for name in self.__slots__}
-        return ["uid", uid, "body", json.dumps(body, allow_nan=False)]
+    def to_json(self) -> str:
+        """The reply as JSON, which holds no NaN."""
+        return json.dumps({name: getattr(self, name) for name in self.__slots__}, allow_nan=False)
 
     @classmethod
     def from_fields(cls, fields: Mapping[bytes, bytes]) -> tuple[str, "Reply"]:
-        """The inverse of `to_fields`: the job's uid and its reply."""
+        """A job's uid and its reply, of the entry of a reply stream."""
         body = json.loads(fields[b"body"])
         known = {name: body[name] for name in cls.__slots__ if name in body}  # a newer worker may say more
         return fields[b"uid"].decode(), cls(**{**known, "scores": tuple(body["scores"])})
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """What Redis holds of a delivered job.
+class Taken:
+    """A job that was just delivered, and what has become of it meanwhile.
 
     Attributes:
+        delivery: the job.
         payload: pixels and prompts as safetensors; None if they are gone, or cannot be read from here.
-        wanted: whether the API that submitted it still lives.
         part: which of the payload's images are the job's.
+        wanted: whether the API that submitted it still lives.
+        now_ms: when it was taken, by Redis's clock, since the epoch.
     """
 
+    delivery: Delivery
     payload: bytes | memoryview | None
+    part: slice
     wanted: bool
-    part: slice = field(default_factory=lambda: slice(None))
+    now_ms: int
+
+    @property
+    def queue_ms(self) -> float:
+        """How long it has waited."""
+        return float(max(0, self.now_ms - self.delivery.submitted_ms))
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its deadline has passed."""
+        return self.now_ms >= self.delivery.deadline_ms
 
 
 async def tidy(script: AsyncScript, keys: Keys) -> None:
@@ -175,8 +193,15 @@ class WorkQueue:
         self._keys = keys
         self._consumer = consumer
         self._areas = MappedAreas()
+        self._uncounted: list[int] = []
+        self._owners: list[str] = []  # of the jobs of late: whether they live is asked along with the next
         self._lease_ms = lease_ms
-        self._finish = Calls(redis, lua.FINISH)
+        self._finish = Calls(
+            redis,
+            lua.FINISH,
+            keys=[keys.jobs, keys.load, keys.dead, keys.events],
+            head=[GROUP, keys.payload(""), REPLY_TTL_MS, DEAD_TTL_MS],
+        )
         self._renew = redis.register_script(lua.RENEW)
         self._take_over = redis.register_script(lua.TAKE_OVER)
         self._hand_back = redis.register_script(lua.HAND_BACK)
@@ -198,20 +223,33 @@ class WorkQueue:
             return False
         return any(group["name"] == GROUP.encode() for group in groups)
 
-    async def read(self, count: int, *, block_ms: int | None) -> list[Delivery]:
-        """Take up to `count` new jobs.
+    async def read(self, count: int, *, block_ms: int | None) -> list[Taken]:
+        """Take up to `count` new jobs, and count what was noted, in one round trip.
 
         Args:
             count: how many entries at most.
             block_ms: how long to wait for the first, at least 1; Redis ends a wait up to 100 ms late, so that short
                 waits are better slept here. None does not wait.
         """
-        answer: Any = await self._redis.xreadgroup(
-            GROUP, self._consumer, {self._keys.jobs: ">"}, count=count, block=block_ms
-        )
-        return [_delivery(entry, fields, 1) for _, entries in answer or () for entry, fields in entries if fields]
+        pipe = self._redis.pipeline(transaction=False)
+        counts = self._count_batches(pipe)
+        pipe.xreadgroup(GROUP, self._consumer, {self._keys.jobs: ">"}, count=count, block=block_ms)
+        pipe.time()
+        owners = list(self._owners)
+        for owner in owners:
+            pipe.exists(owner + lua.ALIVE)
+        counted, answer, time, alive = _cut(await pipe.execute(raise_on_error=False), counts, 1, 1, len(owners))
+        for error in (answer[0], time[0], *alive):
+            if isinstance(error, Exception):
+                raise error
+        for error in counted:
+            if isinstance(error, Exception):  # such as a Redis that is full
+                logger.warning("the worker cannot count its batches: %s", error)
+                break
+        found = [_delivery(entry, fields, 1) for _, entries in answer[0] or () for entry, fields in entries if fields]
+        return await self._load(found, _ms(time[0]), dict(zip(owners, map(bool, alive), strict=True))) if found else []
 
-    async def take_over(self) -> Delivery | None:
+    async def take_over(self) -> Taken | None:
         """Claim one job whose lease ran out, if there is any."""
         answer = await self._take_over(
             keys=[self._keys.jobs, self._keys.events], args=[GROUP, self._consumer, self._lease_ms]
@@ -219,31 +257,36 @@ class WorkQueue:
         if answer is None:
             return None
         entry, deliveries, flat = answer
-        return _delivery(entry, dict(zip(flat[::2], flat[1::2], strict=True)), int(deliveries))
+        delivery = _delivery(entry, dict(zip(flat[::2], flat[1::2], strict=True)), int(deliveries))
+        (taken,) = await self._load([delivery], _ms(await self._redis.time()), {})
+        return taken
 
-    async def load(self, deliveries: Sequence[Delivery]) -> tuple[int, list[Loaded]]:
-        """Fetch Redis's time in ms, and what has become of each job meanwhile."""
+    async def _load(self, deliveries: Sequence[Delivery], now_ms: int, wanted: dict[str, bool]) -> list[Taken]:
+        """Fetch the payloads; `wanted` tells which of the APIs live, as far as that was asked already."""
         stored = [delivery.uid for delivery in deliveries if not delivery.shared]
         owners = list(dict.fromkeys(delivery.reply for delivery in deliveries))
-        pipe = self._redis.pipeline(transaction=False)
-        pipe.time()
-        for uid in stored:
-            pipe.get(self._keys.payload(uid))
-        for owner in owners:
-            pipe.exists(owner + lua.ALIVE)
-        (seconds, micros), *rest = await pipe.execute()
-        payloads = dict(zip(stored, rest, strict=False))
-        wanted = dict(zip(owners, rest[len(stored) :], strict=True))
-        loaded = []
+        payloads: dict[str, bytes | None] = {}
+        if unasked := [owner for owner in owners if owner not in wanted]:
+            self._owners = owners[-MOST_OWNERS:]
+        if stored or unasked:
+            pipe = self._redis.pipeline(transaction=False)
+            for uid in stored:
+                pipe.get(self._keys.payload(uid))
+            for owner in unasked:
+                pipe.exists(owner + lua.ALIVE)
+            contents, alive = _cut(await pipe.execute(), len(stored), len(unasked))
+            payloads = dict(zip(stored, contents, strict=True))
+            wanted = {**wanted, **dict(zip(unasked, map(bool, alive), strict=True))}
+        taken = []
         for delivery in deliveries:
-            is_wanted = bool(wanted[delivery.reply])
+            payload: bytes | memoryview | None = None
+            part = slice(None)
             if not delivery.shared:
-                loaded.append(Loaded(payloads[delivery.uid], is_wanted))
+                payload = payloads[delivery.uid]
             elif found := self._areas.find(delivery.shared):
-                loaded.append(Loaded(found[0], is_wanted, slice(*found[1:])))
-            else:
-                loaded.append(Loaded(None, is_wanted))
-        return seconds * 1000 + micros // 1000, loaded
+                payload, part = found[0], slice(*found[1:])
+            taken.append(Taken(delivery, payload, part, wanted[delivery.reply], now_ms))
+        return taken
 
     async def renew(self, deliveries: Sequence[Delivery]) -> int:
         """Renew the lease of those jobs that are still ours; return how many."""
@@ -257,7 +300,7 @@ class WorkQueue:
 
         Replies that are given at the same time travel together.
         """
-        return await self._settle(delivery, reply, dead=[])
+        return await self._settle(delivery, reply)
 
     async def bury(self, delivery: Delivery, reason: str) -> bool:
         """Move a job to the dead letters and tell its caller; False if another already settled it."""
@@ -270,7 +313,7 @@ class WorkQueue:
             "submitted": delivery.submitted_ms,
         }
         fields = [str(part) for pair in dead.items() for part in pair]
-        return await self._settle(delivery, Reply(error=reason), dead=fields)
+        return await self._settle(delivery, Reply(error=reason), fields)
 
     async def keep_alive(self) -> None:
         """Say that a warm worker lives, for one lease."""
@@ -293,37 +336,32 @@ class WorkQueue:
         self._areas.forget_gone()
         await tidy(self._tidy, self._keys)
 
-    async def count_batches(self, sizes: Sequence[int]) -> None:
-        """Count forward passes of these sizes, in images."""
-        pipe = self._redis.pipeline(transaction=False)
+    def note_batches(self, sizes: Sequence[int]) -> None:
+        """Note forward passes of these sizes, in images: they are counted with the next reading."""
+        self._uncounted += sizes
+
+    def _count_batches(self, pipe: Any) -> int:
+        """Have what was noted counted; return how many commands that takes."""
+        sizes, self._uncounted = self._uncounted, []
+        if not sizes:
+            return 0
         for size in sizes:
             bound = next((str(bound) for bound in BATCH_BOUNDS if size <= bound), "more")
             pipe.hincrby(self._keys.events, f"batches:{bound}", 1)
-            pipe.hincrby(self._keys.events, "batch_images", size)
+        pipe.hincrby(self._keys.events, "batch_images", sum(sizes))
         pipe.pexpire(self._keys.events, lua.EVENTS_TTL_MS)
-        await pipe.execute()
+        return len(sizes) + 2
 
     async def hand_back(self) -> None:
         """Give back all jobs in hand, for others to take at once, and leave the group."""
         await self._hand_back(keys=[self._keys.jobs], args=[GROUP, self._consumer, self._lease_ms, lua.HANDED_BACK])
+        pipe = self._redis.pipeline(transaction=False)
+        if self._count_batches(pipe):
+            await pipe.execute()
 
-    async def _settle(self, delivery: Delivery, reply: Reply, dead: list[str]) -> bool:
-        keys = self._keys
-        settled: Any = await self._finish(
-            keys=[keys.jobs, keys.load, keys.payload(delivery.uid), delivery.reply, keys.dead, keys.events],
-            args=[
-                GROUP,
-                delivery.entry,
-                delivery.images,
-                delivery.size_bytes,
-                REPLY_TTL_MS,
-                DEAD_TTL_MS,
-                len(dead),
-                *dead,
-                *reply.to_fields(delivery.uid),
-            ],
-        )
-        return bool(settled)
+    async def _settle(self, delivery: Delivery, reply: Reply, dead: Sequence[str] = ()) -> bool:
+        job = (delivery.entry, delivery.images, delivery.size_bytes, delivery.uid)
+        return bool(await self._finish(*job, delivery.reply, reply.to_json(), *dead))
 
 
 def _delivery(entry: bytes, fields: Mapping[bytes, bytes], deliveries: int) -> Delivery:
@@ -339,3 +377,19 @@ def _delivery(entry: bytes, fields: Mapping[bytes, bytes], deliveries: int) -> D
         deliveries=deliveries,
         shared=fields.get(b"shared", b"").decode(),
     )
+
+
+def _cut(answers: Sequence[Any], *lengths: int) -> list[Sequence[Any]]:
+    """The answers of a pipeline in pieces of these lengths, which make up all of it."""
+    pieces, start = [], 0
+    for length in lengths:
+        pieces.append(answers[start : start + length])
+        start += length
+    assert start == len(answers)
+    return pieces
+
+
+def _ms(time: tuple[int, int]) -> int:
+    """What the command TIME says, in milliseconds since the epoch."""
+    seconds, micros = time
+    return seconds * 1000 + micros // 1000

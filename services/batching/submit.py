@@ -76,7 +76,12 @@ class SubmitQueue:
         self._admit = redis.register_script(lua.ADMIT)
         self._withdraw = redis.register_script(lua.WITHDRAW)
         self._enqueue = redis.register_script(lua.ENQUEUE)
-        self._submissions = Calls(redis, lua.SUBMIT)
+        self._submissions = Calls(
+            redis,
+            lua.SUBMIT,
+            keys=[keys.jobs, keys.uploads, keys.load],
+            head=[queue_images, queue_bytes, KEY_TTL_MS, self._reply_key, self._alive_ms],
+        )
         self._drop_job = redis.register_script(lua.DROP)
         self._tidy = redis.register_script(lua.TIDY)
         self._survey = redis.register_script(lua.SURVEY)
@@ -200,16 +205,12 @@ class SubmitQueue:
             await task
 
     async def _put_shared(self, submitted: Sequence[Submitted]) -> None:
-        parts: list[str | int] = []
-        for job in submitted:
-            parts += (job.uid, job.images, job.size_bytes, job.content.shared)
         images, size_bytes = sum(job.images for job in submitted), sum(job.size_bytes for job in submitted)
         first = submitted[0]
-        room = [images, size_bytes, self._queue_images, self._queue_bytes, KEY_TTL_MS]
-        owner: list[str | int] = [first.left_ms, self._reply_key, self._alive_ms, first.request]
-        admitted, *said = await self._submissions(
-            keys=[self._keys.jobs, self._keys.uploads, self._keys.load], args=[*room, *owner, *parts]
-        )
+        parts: list[str | int] = [images, size_bytes, first.left_ms, first.request]
+        for job in submitted:
+            parts += (job.uid, job.images, job.size_bytes, job.content.shared)
+        admitted, *said = await self._submissions(*parts)
         if not admitted:
             for job in submitted:
                 job.is_sent = False
@@ -293,12 +294,18 @@ class SubmitQueue:
 
     async def _read_replies(self) -> None:
         """Hand replies to those who wait; while Redis is away, try again."""
+        read: list[bytes] = []  # handed on, and to be deleted with the next reading
         while True:
             try:
-                answer: Any = await self._redis.xread({self._reply_key: "0"}, block=READ_BLOCK_MS)
+                pipe = self._redis.pipeline(transaction=False)
+                if read:
+                    pipe.xdel(self._reply_key, *read)
+                pipe.xread({self._reply_key: "0"}, block=READ_BLOCK_MS)
+                answer: Any = (await pipe.execute())[-1]
+                read = []
                 for _, entries in answer or ():
                     self._deliver(fields for _, fields in entries)
-                    await self._redis.xdel(self._reply_key, *(entry for entry, _ in entries))
+                    read += [entry for entry, _ in entries]
             except Exception as error:  # without this task no request would be answered any more
                 if not isinstance(error, QUEUE_GONE):
                     logger.exception("replies cannot be read; trying again")

@@ -13,8 +13,9 @@ import uvloop
 from redis.exceptions import RedisError
 
 from services.batching.keys import Keys
+from services.batching.scoring import ScorerHung
 from services.batching.streams import WorkQueue, connect
-from services.batching.worker import QueueGone, ScorerHung, Worker, WorkerLimits
+from services.batching.worker import QueueGone, Worker, WorkerLimits
 from services.processes import EXIT_INTERRUPTED, StartError, announce, describe, stop_on_signals
 from services.rewards import create_reward
 from services.rewards.base import Reward

@@ -8,8 +8,9 @@ import pytest
 from redis.asyncio import Redis
 
 from services.batching.errors import DeadlinePassed, ScoringFailed
+from services.batching.scoring import ScorerHung
 from services.batching.submit import SubmitQueue
-from services.batching.worker import ScorerHung, Worker, WorkerLimits
+from services.batching.worker import Worker, WorkerLimits
 from services.rewards.brightness import Brightness
 from tests.services import dummies
 from tests.services.batching.workbench import (
@@ -126,7 +127,7 @@ async def test_a_reply_that_says_more_than_is_known_is_read(redis: Redis, api: S
     worker = work_queue(redis, "newer")
     await worker.ensure_group()
     request = asyncio.create_task(api.score(jobs_of(1), deadline_s=20.0))
-    (delivery,) = await worker.read(1, block_ms=2000)
+    delivery = (await worker.read(1, block_ms=2000))[0].delivery
     body = '{"scores": [0.5], "error": null, "expired": false, "queue_ms": 1, "score_ms": 1, "mood": "good"}'
     await redis.xadd(api._reply_key, {"uid": delivery.uid, "body": body})
     assert scores(await request) == [0.5]

@@ -10,9 +10,10 @@ from redis.asyncio import Redis
 
 from services.batching.errors import DeadlinePassed, QueueAway, QueueFull, ScoringFailed
 from services.batching.jobs import split_batch
+from services.batching.scoring import ScorerHung
 from services.batching.streams import Delivery, Reply, connect
 from services.batching.submit import SubmitQueue
-from services.batching.worker import ScorerHung, Worker, WorkerLimits
+from services.batching.worker import Worker, WorkerLimits
 from services.images import Batch
 from services.rewards.base import Reward
 from services.rewards.brightness import Brightness
@@ -164,13 +165,13 @@ async def test_a_silent_workers_job_is_taken_over_and_its_late_reply_dropped(red
     zombie, heir = work_queue(redis, "zombie"), work_queue(redis, "heir")
     await heir.ensure_group()
     request = asyncio.create_task(api.score(jobs_of(1), deadline_s=20.0))
-    (stale,) = await zombie.read(1, block_ms=2000)
+    stale = (await zombie.read(1, block_ms=2000))[0].delivery
     assert await heir.take_over() is None
     taken: list[Delivery] = []
 
     async def takes_over() -> bool:
-        if delivery := await heir.take_over():
-            taken.append(delivery)
+        if found := await heir.take_over():
+            taken.append(found.delivery)
         return bool(taken)
 
     await wait_until_async(takes_over)
@@ -188,7 +189,7 @@ async def test_a_renewed_lease_is_not_taken_over(redis: Redis, api: SubmitQueue)
     owner, other = work_queue(redis, "owner"), work_queue(redis, "other")
     await owner.ensure_group()
     request = asyncio.create_task(api.score(jobs_of(1), deadline_s=20.0))
-    held = await owner.read(1, block_ms=2000)
+    held = [taken.delivery for taken in await owner.read(1, block_ms=2000)]
     for _ in range(12):
         assert await owner.renew(held) == 1
         assert await other.take_over() is None
@@ -205,10 +206,10 @@ async def test_a_leaving_worker_hands_back_without_a_mark(redis: Redis, api: Sub
     await leaving.read(1, block_ms=2000)
     assert await other.take_over() is None
     await leaving.hand_back()
-    delivery = await other.take_over()
-    assert delivery is not None
-    assert delivery.deliveries == 1
-    await other.reply(delivery, Reply(scores=(0.5,)))
+    taken = await other.take_over()
+    assert taken is not None
+    assert taken.delivery.deliveries == 1
+    await other.reply(taken.delivery, Reply(scores=(0.5,)))
     assert scores(await request) == [0.5]
 
 

@@ -42,7 +42,7 @@ async def test_what_redis_lost_is_submitted_again(redis: Redis, api: SubmitQueue
     await wait_until_async(lambda: has_jobs(redis, 10))
     zombie = work_queue(redis, "zombie")
     await zombie.ensure_group()
-    stale = await zombie.read(3, block_ms=2000)
+    stale = [taken.delivery for taken in await zombie.read(3, block_ms=2000)]
     await redis.flushall()
     await wait_until_async(lambda: has_jobs(redis, 10))
     assert not await zombie.reply(stale[0], Reply(scores=(9.0,) * 4))  # its group is gone
@@ -80,7 +80,7 @@ async def test_the_jobs_of_a_dead_api_are_dropped_within_a_lease(redis: Redis) -
     await wait_until_async(lambda: has_jobs(redis, 2))
     worker = work_queue(redis, "lives")
     await worker.ensure_group()
-    held = await worker.read(1, block_ms=2000)
+    held = [taken.delivery for taken in await worker.read(1, block_ms=2000)]
     for task in queue._tasks:  # as death by SIGKILL: no sign of life, no cleaning up
         task.cancel()
     await asyncio.sleep(LEASE_MS / 2000)
@@ -166,7 +166,7 @@ async def test_the_survey_tells_waiting_leased_and_handed_back(redis: Redis, api
     await wait_until_async(lambda: has_jobs(redis, 3))
     worker = work_queue(redis, "worker", lease_ms=60_000)
     await worker.ensure_group()
-    (held,) = await worker.read(1, block_ms=2000)
+    held = (await worker.read(1, block_ms=2000))[0].delivery
     survey = await api.survey()
     assert (survey.waiting_images, survey.leased_images, survey.queued_bytes) == (8, 4, 12 * 48)
     assert await worker.renew([held]) == 1
