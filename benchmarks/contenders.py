@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from services.protocol import MEDIA_SAFETENSORS, SCORE_PATH
+from services.protocol import MEDIA_PICTURES, MEDIA_SAFETENSORS, SCORE_PATH
 from trainer.machine import ROOT
 
 BINARY = "application/octet-stream"
-BOUNDARY = "benchmark-of-serving"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +20,12 @@ class Contender:
         name: for the table.
         command: makes a command of workload and port.
         folder: where its environment lies, or None for this one.
-        form: whether pictures are sent as a form, for want of a raw body.
         environment: what it is told besides.
     """
 
     name: str
     command: Callable[[str, int], list[str]]
     folder: str | None = None
-    form: bool = False
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -53,7 +50,7 @@ def _bare(*options: str) -> Callable[[str, int], list[str]]:
 
 BARE = Contender("bare handler", _bare())
 BARE_FAST = Contender("… with uvloop, httptools", _bare("fast"))
-OURS = Contender("ours", _ours, form=True)
+OURS = Contender("ours", _ours)
 PEERS = (
     Contender(
         "LitServe",
@@ -97,11 +94,7 @@ def command_of(contender: Contender, workload: str, port: int, peers: Path) -> t
 
 def request_of(contender: Contender, workload: str, body: bytes, port: int) -> bytes:
     """A whole HTTP request with this body."""
-    media = MEDIA_SAFETENSORS if workload != "w2" else BINARY
-    if contender.form and workload == "w2":
-        media = f"multipart/form-data; boundary={BOUNDARY}"
-        part = 'Content-Disposition: form-data; name="images"; filename="0.png"\r\nContent-Type: image/png'
-        body = f"--{BOUNDARY}\r\n{part}\r\n\r\n".encode() + body + f"\r\n--{BOUNDARY}--\r\n".encode()
+    media = MEDIA_PICTURES[0] if workload == "w2" else MEDIA_SAFETENSORS
     if contender.name == "LitServe":
         media = BINARY
     head = (

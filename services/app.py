@@ -1,6 +1,7 @@
 """The HTTP face of a reward: `POST /score`, `/info`, `/healthz`, `/readyz`, `/metrics`."""
 
 import contextlib
+import itertools
 import logging
 import time
 import uuid
@@ -23,6 +24,8 @@ from services.settings import Settings
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_CHARS = 64
+PROCESS, REQUESTS = uuid.uuid4().hex[:16], itertools.count(1)
+"""What a request without a name is called by: its process and its number there."""
 
 
 def create_app(
@@ -116,4 +119,4 @@ def _route(app: FastAPI) -> None:
 def _request_id(request: Request) -> str:
     """The name that the client gave its request, or a new one."""
     given = request.headers.get(protocol.HEADER_REQUEST_ID, "")[:REQUEST_ID_CHARS]
-    return "".join(character for character in given if "!" <= character <= "~") or uuid.uuid4().hex
+    return "".join(character for character in given if "!" <= character <= "~") or f"{PROCESS}-{next(REQUESTS):x}"

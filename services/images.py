@@ -209,6 +209,22 @@ def decode_json(body: bytes | bytearray, limits: Limits) -> Batch:
     return decode_files(_base64_files(request.images), len(request.images), request.prompts, limits)
 
 
+def decode_file(body: bytes | bytearray, limits: Limits) -> Batch:
+    """Read a batch of one image, without a prompt, from its PNG, JPEG or WebP file.
+
+    Args:
+        body: the bytes of the file.
+        limits: bounds to hold it to.
+
+    Returns:
+        The batch.
+
+    Raises:
+        BodyTooLarge, ItemInvalid: see the module.
+    """
+    return decode_files([bytes(body)], 1, None, limits)
+
+
 def decode_files(files: Iterable[bytes], count: int, prompts: Sequence[str] | None, limits: Limits) -> Batch:
     """Decode the picture files of one request.
 

@@ -16,6 +16,7 @@ METRICS_PATH = "/metrics"
 MEDIA_SAFETENSORS = "application/x-safetensors"
 MEDIA_JSON = "application/json"
 MEDIA_MULTIPART = "multipart/form-data"
+MEDIA_PICTURES = ("image/png", "image/jpeg", "image/webp")
 MEDIA_PROBLEM = "application/problem+json"
 
 HEADER_DEADLINE_MS = "X-Deadline-Ms"

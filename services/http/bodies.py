@@ -1,4 +1,4 @@
-"""From the bytes of a request to jobs for the queue, whichever of the three bodies they came in."""
+"""From the bytes of a request to jobs for the queue, whichever body they came in."""
 
 import functools
 import hashlib
@@ -15,11 +15,13 @@ from services.batching.jobs import Job, split_batch
 from services.batching.shared import Lease
 from services.http.multipart import decode_multipart
 from services.http.problems import ProblemError
-from services.images import Batch, batch_head, decode_batch, decode_json
+from services.images import Batch, batch_head, decode_batch, decode_file, decode_json
 from services.protocol import Limits
 
-MEDIA_TYPES = (protocol.MEDIA_SAFETENSORS, protocol.MEDIA_JSON, protocol.MEDIA_MULTIPART)
+MEDIA_TYPES = (protocol.MEDIA_SAFETENSORS, protocol.MEDIA_JSON, protocol.MEDIA_MULTIPART, *protocol.MEDIA_PICTURES)
 CONTENT_TYPE_CHARS = 400
+MEDIA_TYPES_KEPT = 64
+"""How many headers are kept with what they say: a client with one boundary for all its forms sends one."""
 
 Body = bytes | bytearray | memoryview
 Decoder = Callable[..., Batch]
@@ -58,13 +60,15 @@ def decoder_of(headers: Mapping[str, str]) -> Decoder:
     if encoding.lower() != "identity":
         detail = f"Content-Encoding is {encoding[:40]!r}, but bodies are not decompressed: send it as it is"
         raise ProblemError("unsupported-media-type", detail)
-    media, parameters = _media_type(headers.get("content-type", ""))
+    media, parameters = _media_type(headers.get("content-type", "")[:CONTENT_TYPE_CHARS])
     if media == protocol.MEDIA_SAFETENSORS:
         return decode_batch
     if media == protocol.MEDIA_JSON:
         return decode_json
     if media == protocol.MEDIA_MULTIPART:
         return functools.partial(decode_multipart, parameters=parameters)
+    if media in protocol.MEDIA_PICTURES:
+        return decode_file
     known = ", ".join(MEDIA_TYPES)
     detail = f"the body is {media[:80] or 'of no type'!r}, must be one of {known}: set Content-Type"
     raise ProblemError("unsupported-media-type", detail)
@@ -138,9 +142,10 @@ def digest_of(batch: Batch) -> str:
     return digest.hexdigest()
 
 
+@functools.lru_cache(MEDIA_TYPES_KEPT)
 def _media_type(text: str) -> tuple[str, dict[str, str]]:
     """The media type of a Content-Type and its parameters."""
-    media, parameters = parse_options_header(text[:CONTENT_TYPE_CHARS])
+    media, parameters = parse_options_header(text)
     return media.decode("latin-1"), {
         name.decode("latin-1"): value.decode("latin-1") for name, value in parameters.items()
     }

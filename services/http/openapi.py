@@ -214,6 +214,8 @@ def _bodies(limits: Limits) -> Json:
             },
         },
     }
+    one = {"type": "string", "format": "binary", "description": "One picture, without a prompt."}
+    contents |= {media: {"schema": one} for media in protocol.MEDIA_PICTURES}
     assert tuple(contents) == MEDIA_TYPES
     return contents
 

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import hmac
 import math
+import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -22,6 +23,7 @@ from services.http.bodies import Body, Decoder, Prepared, decoder_of, prepare
 from services.http.metrics import Metrics
 from services.http.openapi import LONGEST_MS, info_of
 from services.http.problems import ProblemError
+from services.http.turns import Turns
 from services.http.uploads import HeldBytes, Patience, read_body
 from services.images import BodyError, ItemInvalid, decode_batch
 from services.protocol import Readiness, ScoreAnswer, Timing
@@ -31,6 +33,8 @@ from services.settings import Settings
 CLIENT_POLL_S = 0.25
 """How often a waiting request looks whether its client is still there: uvicorn cancels nothing by itself."""
 LEAST_LEFT_S = 0.001
+SHORT_BYTES = 2**20
+"""A body up to this size, such as a single picture, is decoded together with others."""
 T = TypeVar("T")
 
 
@@ -78,6 +82,8 @@ class ScoreService:
         self.queue = queue
         self.metrics = Metrics(reward.name, reward.version)
         self.draining = False
+        self._limits = settings.limits
+        self._turns = Turns(len(os.sched_getaffinity(0)))
         self._token = settings.token.get_secret_value().encode() if settings.token else None
         self._retry_after = {protocol.HEADER_RETRY_AFTER: str(settings.retry_after_s)}
         self._held = HeldBytes(settings.queue_bytes, headers=self._retry_after)
@@ -148,11 +154,11 @@ class ScoreService:
         """Decode on a thread, so that pictures do not hold up other requests."""
         settings = self.settings
         bounds = {"job_images": settings.images_per_job, "job_bytes": settings.bytes_per_job}
-        run = functools.partial(prepare, decode, body, settings.limits, digests=digests, lease=lease, **bounds)
+        run = functools.partial(prepare, decode, body, self._limits, digests=digests, lease=lease, **bounds)
         try:
             if decode is decode_batch and not digests:  # which copies nothing
                 return run()
-            return await asyncio.to_thread(run)
+            return await (self._turns(run, len(body)) if len(body) <= SHORT_BYTES else asyncio.to_thread(run))
         except BodyError as error:
             kinds = {400: "malformed-body", 413: "batch-too-large", 422: "unreadable-item"}
             index = error.index if isinstance(error, ItemInvalid) else None

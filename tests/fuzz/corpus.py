@@ -1,6 +1,7 @@
 """Bodies that are right: what the mutations start from, and what must be scored in between."""
 
 import io
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ def large(draw: random.Random) -> Body:
 
 @cache
 def bodies() -> Sequence[Body]:
-    """Batches in all three bodies, with all kinds of pictures."""
+    """Batches in all kinds of bodies, with all kinds of pictures."""
     draw = random.Random(0)
     files = pictures()
     few = [file for _, file in files[:3]]
@@ -70,7 +71,10 @@ def bodies() -> Sequence[Body]:
         Body(protocol.MEDIA_JSON, encode_json(noise(draw, 1, 8, 8, 3))),
         Body(FORM, form(few, ["one", "zwei", "\U0001f408"])),
     ]
-    return [*found, *(Body(FORM, form([file], [])) for _, file in files)]
+    alone = [
+        Body(media, file) for media, (_, file) in zip(itertools.cycle(protocol.MEDIA_PICTURES), files, strict=False)
+    ]
+    return [*found, *(Body(FORM, form([file], [])) for _, file in files), *alone]
 
 
 @cache

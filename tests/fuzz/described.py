@@ -21,7 +21,6 @@ CHECKS = {
     "negative_data_rejection": {"expected-statuses": ALLOWED[1:]},
     "positive_data_acceptance": {"enabled": False},  # no schema says which bytes are a picture
 }
-SAFETENSORS = [body for body in bodies() if body.media == protocol.MEDIA_SAFETENSORS]
 
 
 @schemathesis.check
@@ -47,14 +46,16 @@ def filter_failure(
     return not (isinstance(failure, AcceptedNegativeData) and case.media_type == protocol.MEDIA_MULTIPART)
 
 
-schemathesis.openapi.media_type(
-    protocol.MEDIA_SAFETENSORS,
-    st.one_of(
-        st.sampled_from([body.data for body in SAFETENSORS]),
-        st.builds(mutate, st.sampled_from(SAFETENSORS), st.randoms()).map(lambda body: body.data),
-        st.binary(),
-    ),
-)
+for media in (protocol.MEDIA_SAFETENSORS, *protocol.MEDIA_PICTURES):
+    known = [body for body in bodies() if body.media == media]
+    schemathesis.openapi.media_type(
+        media,
+        st.one_of(
+            st.sampled_from([body.data for body in known]),
+            st.builds(mutate, st.sampled_from(known), st.randoms()).map(lambda body: body.data),
+            st.binary(),
+        ),
+    )
 
 
 def fuzz(served: Served, *, examples: int, seed: int) -> Counter[str]:
@@ -83,8 +84,8 @@ def fuzz(served: Served, *, examples: int, seed: int) -> Counter[str]:
         }
     )
     document = json.loads(served.get("/openapi.json"))
-    bodies = document["paths"][protocol.SCORE_PATH]["post"]["requestBody"]["content"]
-    del bodies[protocol.MEDIA_SAFETENSORS]["examples"]  # text, where our strategy for this type promises bytes
+    content = document["paths"][protocol.SCORE_PATH]["post"]["requestBody"]["content"]
+    del content[protocol.MEDIA_SAFETENSORS]["examples"]  # text, where our strategy for this type promises bytes
     schema = schemathesis.openapi.from_dict(document, config=config)
     outcomes: Counter[str] = Counter()
     failures: list[str] = []

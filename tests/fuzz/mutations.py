@@ -34,6 +34,7 @@ MEDIA = (
     f"{protocol.MEDIA_MULTIPART}; boundary={'x' * 200}",
     f"{FORM}; boundary*=utf-8''x; charset=utf-16",
     f'{protocol.MEDIA_JSON}; charset="utf-7',
+    *protocol.MEDIA_PICTURES,
     "text/plain",
     "",
     "\xe9\xff/;;;===",

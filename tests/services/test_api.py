@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from services import protocol
 from services.batching.errors import DeadlinePassed, QueueAway, QueueError, QueueFull, ScoringFailed
+from services.http.bodies import MEDIA_TYPES
 from services.images import encode_batch, encode_json, encode_png
 from services.rewards.brightness import Brightness
 from services.settings import Settings, SettingsError, load_settings
@@ -151,7 +153,7 @@ async def test_info_says_what_may_be_sent() -> None:
     async with serving(FakeQueue()) as client:
         info = protocol.Info.model_validate((await client.get("/info")).json())
     assert (info.name, info.version, info.low, info.higher_is_better) == ("brightness", "1", 0.0, True)
-    assert info.bodies == [protocol.MEDIA_SAFETENSORS, protocol.MEDIA_JSON, protocol.MEDIA_MULTIPART]
+    assert info.bodies == list(MEDIA_TYPES)
     assert info.limits == SETTINGS.limits
 
 
@@ -195,7 +197,10 @@ async def test_the_request_id_travels() -> None:
         odd = {protocol.HEADER_REQUEST_ID: b"a b\xfc" + b"c" * 99}
         assert (await client.post("/score", headers=odd)).headers["x-request-id"] == "ab" + "c" * 60
         answer = await client.post("/score", content=encode_batch(IMAGES), headers=SAFETENSORS)
-        assert len(answer.headers["x-request-id"]) == 32
+        made = answer.headers["x-request-id"]
+        answer = await client.post("/score", content=encode_batch(IMAGES), headers=SAFETENSORS)
+        assert made != answer.headers["x-request-id"]
+        assert re.fullmatch("[0-9a-f]{16}-[0-9a-f]+", made)
         queue.score = None  # type: ignore[assignment, method-assign]
         answer = await client.post("/score", content=encode_batch(IMAGES), headers=given)
         assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine")

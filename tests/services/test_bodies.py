@@ -253,6 +253,18 @@ async def test_what_a_common_client_sends_is_read() -> None:
     assert batch.prompts == ["ü", "two\r\nlines"]
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("media", protocol.MEDIA_PICTURES)
+async def test_one_file_is_a_body_by_itself(media: str) -> None:
+    """What `curl --data-binary @a.png` sends; which of the three the file is, it says itself."""
+    async with serving(FakeQueue()) as client:
+        answer = await client.post("/score", content=A, headers={"Content-Type": media})
+        assert answer.json()["scores"] == Brightness().score(IMAGES[:1], None).tolist()
+        for wrong in (b"", A[:-20], b"no picture"):
+            answer = await client.post("/score", content=wrong, headers={"Content-Type": media})
+            assert (answer.status_code, answer.json()["index"]) == (422, 0)
+
+
 @settings(deadline=None)
 @given(data=st.data())
 def test_a_form_round_trips(data: st.DataObject) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from services import protocol
+from services.http.bodies import MEDIA_TYPES
 from services.http.problems import KINDS
 from services.images import encode_batch, encode_json, encode_png
 from services.rewards.brightness import Brightness
@@ -144,8 +145,8 @@ def test_limits_and_their_defaults_are_the_settings() -> None:
 
 def test_the_bodies_and_headers_of_the_page_are_the_protocols() -> None:
     """No more and no fewer."""
-    bodies = {body.strip("`") for body, _ in table("Bodies of `POST /score`")}
-    assert bodies == {protocol.MEDIA_SAFETENSORS, protocol.MEDIA_JSON, protocol.MEDIA_MULTIPART}
+    bodies = [media for cell, _ in table("Bodies of `POST /score`") for media in re.findall("`(.+?)`", cell)]
+    assert bodies == list(MEDIA_TYPES)
     headers = {header.strip("`").partition(":")[0] for header, *_ in table("Headers")}
     assert headers == {
         "Authorization",
