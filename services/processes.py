@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ctypes
 import errno
+import gc
 import json
 import logging
 import os
@@ -51,6 +52,15 @@ def return_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in ((m_trim_threshold, KEPT_BYTES), (m_mmap_threshold, LARGE_BYTES), (m_arena_max, 2)):
             mallopt(parameter, value)
+
+
+def spare_what_stays() -> None:
+    """Have the garbage collector pass over what there is now, modules and models, which stays to the end.
+
+    It went through all of it again and again: 4 % of the processor time of an API that is sent single pictures.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def describe(error: Exception) -> str:

@@ -123,6 +123,9 @@ SUBMIT = (
 -- lie in shared memory. Answers {1, id…} if admitted, else {0, images, bytes that are there}. The first write is one
 -- that a full Redis refuses.
 local HEAD = 5
+redis.call('SET', ARGV[4] .. '"""
+    + ALIVE
+    + """', '1', 'PX', ARGV[5])
 if redis.call('EXISTS', KEYS[3]) == 0 then recount(KEYS[1], KEYS[2], KEYS[3], ARGV[3]) end
 local images = tonumber(redis.call('HGET', KEYS[3], 'images'))
 local bytes = tonumber(redis.call('HGET', KEYS[3], 'bytes'))
@@ -142,9 +145,6 @@ local function answer(first, last)
   end
   return ids
 end
-redis.call('SET', ARGV[4] .. '"""
-    + ALIVE
-    + """', '1', 'PX', ARGV[5])
 redis.call('PEXPIRE', KEYS[3], ARGV[3])
 """
     + _ANSWER_EACH

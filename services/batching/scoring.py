@@ -42,12 +42,28 @@ class ScorerHung(RuntimeError):
 
 @dataclass(slots=True)
 class Work:
-    """A delivered job with its images, and what became of it."""
+    """A delivered job with its images, and what became of it.
+
+    Attributes:
+        delivery: the job.
+        batch: its images.
+        queue_ms: how long it waited until it was taken, and from `begin` on, until it was scored.
+        since_s: when it was taken, by the monotonic clock.
+        reply: what is to be said of it.
+    """
 
     delivery: Delivery
     batch: Batch
     queue_ms: float
+    since_s: float
     reply: Reply | None = field(default=None)
+
+    def begin(self, now_s: float) -> None:
+        """Its turn has come; if that is too late, this is the reply."""
+        self.queue_ms += 1000 * (now_s - self.since_s)
+        if self.delivery.submitted_ms + self.queue_ms >= self.delivery.deadline_ms:
+            late = f"the deadline passed after {self.queue_ms:.0f} ms in the queue: allow more time"
+            self.reply = Reply(error=late, expired=True, queue_ms=self.queue_ms)
 
     def images(self) -> NDArray[np.uint8]:
         """All of its images, uint8 (B, H, W, 3)."""

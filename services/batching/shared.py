@@ -121,8 +121,9 @@ class Areas:
             reusable = False
             raise
         finally:
-            if lease.area is not None:
-                self.give(lease.area, reusable=reusable)
+            area = lease.end()
+            if area is not None:
+                self.give(area, reusable=reusable)
 
     def close(self) -> None:
         """Let go of those that are free."""
@@ -135,12 +136,26 @@ class Lease:
 
     def __init__(self, of: Areas) -> None:
         self._of = of
+        self._lock = threading.Lock()
+        self._is_over = False
         self.area: Area | None = None
 
     def memory(self, size: int) -> memoryview | None:
-        """Memory of `size` bytes, shared with the workers of this host; None where there is none."""
-        self.area = self._of.take(size)
-        return None if self.area is None else self.area.memory[:size]
+        """Memory of `size` bytes, shared with the workers of this host; None where there is none, or the lease ended.
+
+        A thread may ask for it that outlives its request.
+        """
+        with self._lock:
+            if self._is_over:
+                return None
+            self.area = self._of.take(size)
+            return None if self.area is None else self.area.memory[:size]
+
+    def end(self) -> Area | None:
+        """End the lease; return the area that is to be given back."""
+        with self._lock:
+            self._is_over = True
+            return self.area
 
 
 class MappedAreas:

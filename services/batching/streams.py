@@ -163,11 +163,6 @@ class Taken:
         """How long it has waited."""
         return float(max(0, self.now_ms - self.delivery.submitted_ms))
 
-    @property
-    def is_late(self) -> bool:
-        """Whether its deadline has passed."""
-        return self.now_ms >= self.delivery.deadline_ms
-
 
 async def tidy(script: AsyncScript, keys: Keys) -> None:
     """Run `lua.TIDY` on a queue; both sides of it do."""

@@ -122,7 +122,7 @@ class Worker:
                     if not works:
                         await self._reply()
                         works = await self._next_batch(stop)
-                    await self._serve(works)
+                    await self._serve(works, stop)
                     away_since_s = None
                 except (RedisError, *QUEUE_GONE) as error:
                     now_s = time.monotonic()
@@ -150,8 +150,9 @@ class Worker:
             self._warned_s = time.monotonic()
             logger.warning("the queue cannot be served: %s: check that Redis runs and REDIS_URL names it", line)
         self._batcher.clear()
-        self._scored = ()
-        self._held.clear()
+        if not isinstance(error, QUEUE_GONE):  # else the scores are good still, when it comes back
+            self._scored = ()
+        self._held = {work.delivery.entry: work.delivery for work in self._scored}
         await asyncio.sleep(min(1.0, 0.05 + away_s / 4))
         with contextlib.suppress(RedisError, OSError):
             await self._queue.ensure_group()
@@ -175,15 +176,15 @@ class Worker:
     async def _next_batch(self, stop: asyncio.Event) -> Sequence[Work]:
         """Wait for a batch; empty if told to stop."""
         while not stop.is_set():
-            if not len(self._batcher) and self._shall_take_over():
-                if not await self._take_over():
-                    self._took_over_s = time.monotonic()
-            else:
+            none_left = True
+            if not self._shall_take_over():
                 none_left = await self._take(block_ms=None if len(self._batcher) else IDLE_BLOCK_MS)
-                if none_left and (due_s := self._batcher.due_s()) is not None:
-                    await asyncio.sleep(max(0.0, min(STRAGGLER_POLL_S, due_s - time.monotonic())))
+            elif not len(self._batcher) and not await self._take_over():  # else what waits goes first, and no more
+                self._took_over_s = time.monotonic()
             if works := self._batcher.pop(time.monotonic()):
                 return works
+            if none_left and (due_s := self._batcher.due_s()) is not None:
+                await asyncio.sleep(max(0.0, min(STRAGGLER_POLL_S, due_s - time.monotonic())))
         return ()
 
     async def _take(self, *, block_ms: int | None) -> bool:
@@ -224,29 +225,29 @@ class Worker:
         if not taken.wanted:
             logger.info("job dropped: its API is gone", extra=fields_of(delivery))
             await self._queue.drop(delivery)
-        elif taken.is_late:
-            late = f"the deadline passed after {queue_ms:.0f} ms in the queue: allow more time"
-            await self._queue.reply(delivery, Reply(error=late, expired=True, queue_ms=queue_ms))
         elif taken.payload is None:
             lost = "the images are no longer there: let Redis evict nothing (maxmemory-policy noeviction)"
             await self._queue.reply(delivery, Reply(error=lost, lost=True, queue_ms=queue_ms))
         else:
             try:
-                work = Work(delivery, _images_of(delivery, taken.payload, taken.part), queue_ms)
+                work = Work(delivery, _images_of(delivery, taken.payload, taken.part), queue_ms, time.monotonic())
             except BodyError as error:
                 await self._queue.reply(delivery, Reply(error=f"the job is damaged: {error}", queue_ms=queue_ms))
                 return
             self._held[delivery.entry] = delivery
             self._batcher.add(work, delivery.images, time.monotonic(), alone=delivery.deliveries > 1)
 
-    async def _serve(self, works: Sequence[Work]) -> None:
-        """Score a batch, reply to the last one meanwhile, and take the next jobs shortly before the end."""
-        if not works:
-            return
-        scoring = asyncio.create_task(self._scorer.score(works))
+    async def _serve(self, works: Sequence[Work], stop: asyncio.Event) -> None:
+        """Score a batch, reply to the last one meanwhile, and take the next jobs shortly before the end.
+
+        Whatever becomes of Redis meanwhile, the scores are kept.
+        """
+        for work in works:
+            work.begin(time.monotonic())
+        scoring = asyncio.create_task(self._scorer.score([work for work in works if work.reply is None]))
         try:
-            await self._reply()
-            await self._look_ahead(works, scoring)
+            await self._try("reply", self._reply())
+            await self._try("take the next jobs", self._look_ahead(works, scoring, stop))
         except asyncio.CancelledError:
             scoring.cancel()
             raise
@@ -257,9 +258,9 @@ class Worker:
                 if error.culprit is not None:
                     await self._try("bury a job", self._queue.bury(error.culprit, str(error)))
                 raise
-        self._scored = works
+        self._scored = [*self._scored, *works]
 
-    async def _look_ahead(self, works: Sequence[Work], scoring: "asyncio.Task[list[int]]") -> None:
+    async def _look_ahead(self, works: Sequence[Work], scoring: "asyncio.Task[list[int]]", stop: asyncio.Event) -> None:
         """Take the jobs of the next batch while this one is scored.
 
         Not while jobs of silent workers are to be looked for, as is the case until none is found: one that may have
@@ -270,21 +271,33 @@ class Worker:
             return
         ahead_s = max(AHEAD_S, self._limits.max_wait_s)
         await asyncio.wait([scoring], timeout=max(0.0, expected_s - ahead_s))
-        while not scoring.done() and self._batcher.room and not self._shall_take_over():
+        while not (scoring.done() or stop.is_set()) and self._batcher.room and not self._shall_take_over():
             if await self._take(block_ms=None):
                 return
 
     async def _reply(self) -> None:
-        """Reply to all that was scored, at once; where Redis fails one of them, the others are given all the same."""
+        """Reply to all that was scored, at once; where Redis fails one of them, the others are given all the same.
+
+        Raises:
+            RedisError, OSError: the first failure; what failed may be tried again.
+        """
         works, self._scored = self._scored, ()
         replies = [self._queue.reply(work.delivery, work.reply) for work in works if work.reply is not None]
         assert len(replies) == len(works)
-        for work, settled in zip(works, await asyncio.gather(*replies, return_exceptions=True), strict=True):
+        outcomes = await asyncio.gather(*replies, return_exceptions=True)
+        errors: list[BaseException] = []
+        failed: list[Work] = []
+        for work, outcome in zip(works, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                errors.append(outcome)
+                failed.append(work)
+                continue
             self._held.pop(work.delivery.entry, None)
-            if isinstance(settled, BaseException):
-                raise settled
-            if not settled:
+            if not outcome:
                 logger.info("reply dropped: withdrawn, or answered by another", extra=fields_of(work.delivery))
+        self._scored = failed
+        if errors:
+            raise errors[0]
 
 
 def _images_of(delivery: Delivery, payload: bytes | memoryview, part: slice) -> Batch:

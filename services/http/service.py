@@ -158,7 +158,7 @@ class ScoreService:
         try:
             if decode is decode_batch and not digests:  # which copies nothing
                 return run()
-            return await (self._turns(run, len(body)) if len(body) <= SHORT_BYTES else asyncio.to_thread(run))
+            return await (self._turns(run) if len(body) <= SHORT_BYTES else asyncio.to_thread(run))
         except BodyError as error:
             kinds = {400: "malformed-body", 413: "batch-too-large", 422: "unreadable-item"}
             index = error.index if isinstance(error, ItemInvalid) else None

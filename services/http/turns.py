@@ -5,16 +5,18 @@ themselves: all of them pass one lock around, and what comes one by one then goe
 """
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-TURN_BYTES = 2**21
-"""What the calls of one turn may weigh together, in bytes: the first is answered when the last is done."""
+TURN_S = 0.06
+"""After so many seconds a turn ends with the call in hand. What was called is answered then, and until then it is
+counted nowhere how much memory the results take."""
 
 
 @dataclass(slots=True, eq=False)
@@ -22,7 +24,6 @@ class _Call:
     """A call, who waits for it, and what came of it."""
 
     function: Callable[[], Any]
-    size: int
     future: asyncio.Future[Any]
     result: Any = None
     error: Exception | None = None
@@ -32,8 +33,12 @@ class _Call:
             return
         try:
             self.result = self.function()
+        except StopIteration as error:  # which no future takes
+            self.error = RuntimeError(f"StopIteration: {error}")
         except Exception as error:  # noqa: BLE001 - it is the caller's
             self.error = error
+        except BaseException as error:  # noqa: BLE001 - it would end the thread, or with the future the event loop
+            self.error = RuntimeError(f"{type(error).__name__}: {error}")
 
     def settle(self) -> None:
         if self.future.done():
@@ -57,20 +62,16 @@ class Turns:
         self._idle = threads
         self._waiting: deque[_Call] = deque()
 
-    async def __call__(self, function: Callable[[], T], size: int) -> T:
+    async def __call__(self, function: Callable[[], T]) -> T:
         """Call a function on one of the threads.
 
         Where the caller is cancelled before its turn comes, nothing is called; what runs, runs to its end.
 
-        Args:
-            function: without arguments.
-            size: of what it works at, in bytes: how much of a turn it takes.
-
         Raises:
-            Exception: whatever the function raises.
+            Exception: whatever the function raises; RuntimeError for what is no Exception.
         """
         loop = asyncio.get_running_loop()
-        call = _Call(function, size, loop.create_future())
+        call = _Call(function, loop.create_future())
         self._waiting.append(call)
         self._begin(loop)
         result: T = await call.future
@@ -80,21 +81,21 @@ class Turns:
         """Give what waits to the threads that are idle, the same share to each."""
         while self._idle and self._waiting:
             share = -(-len(self._waiting) // self._idle)
-            calls: list[_Call] = []
-            size = 0
-            while len(calls) < share and (not calls or size + self._waiting[0].size <= TURN_BYTES):
-                calls.append(self._waiting.popleft())
-                size += calls[-1].size
             self._idle -= 1
-            self._pool.submit(self._run, loop, calls)
+            self._pool.submit(self._run, loop, [self._waiting.popleft() for _ in range(share)])
 
-    def _run(self, loop: asyncio.AbstractEventLoop, calls: list[_Call]) -> None:
+    def _run(self, loop: asyncio.AbstractEventLoop, calls: Sequence[_Call]) -> None:
+        ends_s, done = time.monotonic() + TURN_S, 0
         for call in calls:
             call.run()
-        loop.call_soon_threadsafe(self._end, loop, calls)
+            done += 1
+            if time.monotonic() >= ends_s:
+                break
+        loop.call_soon_threadsafe(self._end, loop, calls[:done], calls[done:])
 
-    def _end(self, loop: asyncio.AbstractEventLoop, calls: list[_Call]) -> None:
+    def _end(self, loop: asyncio.AbstractEventLoop, done: Sequence[_Call], rest: Sequence[_Call]) -> None:
+        self._waiting.extendleft(reversed(rest))
         self._idle += 1
         self._begin(loop)
-        for call in calls:
+        for call in done:
             call.settle()

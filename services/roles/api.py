@@ -17,7 +17,7 @@ from services.batching.keys import Keys
 from services.batching.streams import connect
 from services.batching.submit import SubmitQueue
 from services.http.connection import patient_protocol
-from services.processes import EXIT_INTERRUPTED, StartError, announce, return_freed_memory, url_of
+from services.processes import EXIT_INTERRUPTED, StartError, announce, return_freed_memory, spare_what_stays, url_of
 from services.rewards import create_reward
 from services.roles.contact import reach
 from services.settings import Settings
@@ -121,6 +121,7 @@ async def _run_server(
         server.should_exit = server.should_exit or bool(received)
         await asyncio.sleep(STARTED_POLL_S)
     if server.started and not server.should_exit:
+        spare_what_stays()
         logger.info("ready: %s", ready)
         if announces:
             announce(ready)

@@ -16,7 +16,7 @@ from services.batching.keys import Keys
 from services.batching.scoring import ScorerHung
 from services.batching.streams import WorkQueue, connect
 from services.batching.worker import QueueGone, Worker, WorkerLimits
-from services.processes import EXIT_INTERRUPTED, StartError, announce, describe, stop_on_signals
+from services.processes import EXIT_INTERRUPTED, StartError, announce, describe, spare_what_stays, stop_on_signals
 from services.rewards import create_reward
 from services.rewards.base import Reward
 from services.rewards.sources import WeightsError
@@ -89,6 +89,7 @@ async def _work(reward: Reward, name: str, redis_url: str, settings: Settings, *
     )
 
     def on_ready() -> None:
+        spare_what_stays()
         logger.info("worker for %s %s takes jobs", reward.name, reward.version)
         if announces:
             announce({"worker": name})

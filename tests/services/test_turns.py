@@ -1,12 +1,13 @@
 """Short calls that share the turns of a few threads."""
 
 import asyncio
+import functools
 import threading
 from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from services.http.turns import TURN_BYTES, Turns
+from services.http.turns import Turns
 
 pytestmark = pytest.mark.anyio
 
@@ -32,7 +33,7 @@ async def held() -> AsyncIterator[Held]:
 
 async def occupy(turns: Turns, held: Held) -> "asyncio.Task[None]":
     """Keep a thread busy."""
-    task = asyncio.create_task(turns(held, 1))
+    task = asyncio.create_task(turns(held))
     await asyncio.to_thread(held.runs.wait, 10)
     return task
 
@@ -45,7 +46,7 @@ async def test_each_caller_has_its_own_result_or_error(held: Held) -> None:
     """Also where they share a turn."""
     turns = Turns(1)
     busy = await occupy(turns, held)
-    asking = [asyncio.create_task(turns(divide(by), 1)) for by in (3, 0, 4)]
+    asking = [asyncio.create_task(turns(divide(by))) for by in (3, 0, 4)]
     await asyncio.sleep(0)
     held.lets_go.set()
     three, none, four = await asyncio.gather(*asking, return_exceptions=True)
@@ -54,34 +55,56 @@ async def test_each_caller_has_its_own_result_or_error(held: Held) -> None:
     await busy
 
 
-async def test_what_waits_goes_in_turns_of_bounded_weight(held: Held) -> None:
-    """One wake-up of the event loop for a turn; a call that is heavier than a turn has one of its own."""
+@pytest.mark.parametrize(("turn_s", "sizes"), [(60.0, [1, 4]), (0.0, [1, 1, 1, 1, 1])])
+async def test_a_turn_ends_when_its_time_is_over(
+    held: Held, monkeypatch: pytest.MonkeyPatch, turn_s: float, sizes: list[int]
+) -> None:
+    """What waits is called in one turn, as far as there is time; the rest is called in the next, in order."""
+    turns, order, seen = Turns(1), [], []
+    busy = await occupy(turns, held)
+    asking = [asyncio.create_task(turns(functools.partial(order.append, number))) for number in range(4)]
+    await asyncio.sleep(0)
+    monkeypatch.setattr("services.http.turns.TURN_S", turn_s)
+    end = turns._end
+    turns._end = lambda loop, done, rest: (seen.append(len(done)), end(loop, done, rest))  # type: ignore[method-assign, assignment, func-returns-value]
+    held.lets_go.set()
+    await asyncio.gather(*asking, busy)
+    assert order == [0, 1, 2, 3]
+    assert seen == sizes
+
+
+@pytest.mark.parametrize("odd", [SystemExit, KeyboardInterrupt, StopIteration])
+async def test_what_is_no_error_becomes_one(held: Held, odd: type[BaseException]) -> None:
+    """It would end the thread or the event loop; its neighbours get their results, and the thread goes on."""
     turns = Turns(1)
     busy = await occupy(turns, held)
-    sizes = [TURN_BYTES // 4] * 6 + [2 * TURN_BYTES] + [1] * 3
-    asking = [asyncio.create_task(turns(threading.get_ident, size)) for size in sizes]
+
+    def fails() -> None:
+        raise odd("why")
+
+    asking = [asyncio.create_task(turns(function)) for function in (fails, divide(6))]
     await asyncio.sleep(0)
-    wakes: list[int] = []
-    settled = turns._end
-    turns._end = lambda loop, calls: (wakes.append(len(calls)), settled(loop, calls))  # type: ignore[method-assign, assignment, func-returns-value]
     held.lets_go.set()
-    assert len(set(await asyncio.gather(*asking))) == 1
-    assert wakes == [1, 4, 2, 1, 3]
+    failed, two = await asyncio.gather(*asking, return_exceptions=True)
+    assert isinstance(failed, RuntimeError)
+    assert str(failed) == f"{odd.__name__}: why"
+    assert two == 2.0
+    assert await turns(divide(4)) == 3.0
     await busy
 
 
 async def test_idle_threads_share_what_comes() -> None:
     """Two calls on two threads run at the same time."""
     turns, meeting = Turns(2), threading.Barrier(2, timeout=10)
-    await asyncio.gather(*(turns(meeting.wait, 1) for _ in range(2)))
+    await asyncio.gather(*(turns(meeting.wait) for _ in range(2)))
 
 
 async def test_a_call_whose_caller_left_is_left_out(held: Held) -> None:
     """Nobody waits for it any more; those behind it get their results."""
     turns, called = Turns(1), threading.Event()
     busy = await occupy(turns, held)
-    leaves = asyncio.create_task(turns(called.set, 1))
-    stays = asyncio.create_task(turns(divide(2), 1))
+    leaves = asyncio.create_task(turns(called.set))
+    stays = asyncio.create_task(turns(divide(2)))
     await asyncio.sleep(0)
     leaves.cancel()
     await asyncio.wait([leaves])

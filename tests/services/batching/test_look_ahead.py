@@ -3,15 +3,18 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError
 
+from services.batching.errors import DeadlinePassed
 from services.batching.shared import Areas, is_supported
-from services.batching.streams import GROUP
+from services.batching.streams import GROUP, WorkQueue
 from services.batching.submit import SubmitQueue
-from services.batching.worker import WorkerLimits
+from services.batching.worker import Worker, WorkerLimits
 from services.http.bodies import prepare
 from services.images import decode_batch, encode_batch
 from services.protocol import Limits
@@ -31,11 +34,13 @@ class Timed(dummies.Counting):
     def __init__(self) -> None:
         super().__init__()
         self.spans: list[tuple[float, float]] = []
+        self.is_busy = False
 
     def score(self, images_BHWC: np.ndarray, prompts: Sequence[str] | None) -> np.ndarray:
-        began_s = time.monotonic()
+        began_s, self.is_busy = time.monotonic(), True
         time.sleep(FORWARD_S)
         self.spans.append((began_s, time.monotonic()))
+        self.is_busy = False
         return super().score(images_BHWC, prompts)
 
 
@@ -100,6 +105,100 @@ async def test_no_job_is_taken_beside_one_that_may_have_killed_its_worker(redis:
     assert most == 1
     assert scores(await suspect) == expected(jobs_of(4))
     assert scores(await other) == expected(jobs_of(4, seed=2))
+
+
+async def test_a_job_that_comes_while_the_first_waits_joins_it(
+    redis: Redis, api: SubmitQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that comes after the worker last looked, just before the wait is over."""
+    monkeypatch.setattr("services.batching.worker.STRAGGLER_POLL_S", 0.4)
+    reward = dummies.Counting()
+    async with working(redis, reward, WorkerLimits(max_batch=8, max_wait_s=0.4, lease_s=60.0)):
+        first = asyncio.create_task(api.score(jobs_of(4), deadline_s=20.0))
+        await wait_until_async(lambda: has_leased(redis, 1))
+        await asyncio.sleep(0.2)
+        await asyncio.gather(first, api.score(jobs_of(3, seed=1), deadline_s=20.0))
+    assert reward.batches == [7]
+
+
+async def test_scores_outlive_a_redis_that_fails_meanwhile(
+    redis: Redis, api: SubmitQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the second batch is scored, neither the replies to the first nor the next jobs get through at first."""
+    failures = {"read": 0, "reply": 0}
+
+    def failing(name: str) -> None:
+        real = getattr(WorkQueue, name)
+
+        async def call(self: WorkQueue, *args: Any, **kwargs: Any) -> Any:
+            if len(reward.batches) == 1 and (name == "reply" or reward.is_busy) and failures[name] < 3:
+                failures[name] += 1
+                raise ConnectionError("away")
+            return await real(self, *args, **kwargs)
+
+        monkeypatch.setattr(WorkQueue, name, call)
+
+    reward = Timed()
+    failing("read")
+    failing("reply")
+    monkeypatch.setattr("services.batching.worker.ROUND_TRIP_S", -1.0)  # it looks ahead from the first
+    began_s = time.monotonic()
+    async with working(redis, reward, LIMITS):
+        asking = [api.score(jobs_of(4, seed=seed), deadline_s=20.0) for seed in range(4)]
+        answers = await asyncio.gather(*asking)
+    assert time.monotonic() - began_s < 4 * FORWARD_S + 2
+    for seed, replies in enumerate(answers):
+        assert scores(replies) == expected(jobs_of(4, seed=seed))
+    assert reward.batches == [4] * 4
+    assert failures["read"] > 0
+    assert failures["reply"] > 0
+
+
+async def test_a_leaving_worker_takes_no_more(redis: Redis, api: SubmitQueue) -> None:
+    """What waits goes to another at once, for it was never delivered."""
+    reward, stop = Timed(), asyncio.Event()
+    worker = Worker(work_queue(redis, "leaves", lease_ms=60_000), reward, LIMITS)
+    await worker.warmup()
+    running = asyncio.create_task(worker.run(stop))
+    await api.score(jobs_of(4), deadline_s=20.0)
+    last = asyncio.create_task(api.score(jobs_of(4, seed=1), deadline_s=20.0))
+    await wait_until_async(lambda: has_leased(redis, 1))
+    await asyncio.sleep(FORWARD_S / 4)
+    waits = asyncio.create_task(api.score(jobs_of(4, seed=2), deadline_s=20.0))
+    stop.set()
+    await running
+    assert await leased(redis) == 0
+    assert scores(await last) == expected(jobs_of(4, seed=1))
+    async with working(redis, dummies.Counting(), LIMITS, consumer="stays"):
+        assert scores(await asyncio.wait_for(waits, 5)) == expected(jobs_of(4, seed=2))
+
+
+async def test_a_job_whose_deadline_passed_in_hand_is_not_scored(redis: Redis, api: SubmitQueue) -> None:
+    """It waited for company until nobody waited for it."""
+    reward = dummies.Counting()
+    async with working(redis, reward, WorkerLimits(max_batch=8, max_wait_s=0.6, lease_s=60.0)):
+        with pytest.raises(DeadlinePassed):
+            await api.score(jobs_of(4), deadline_s=0.3)
+        await asyncio.sleep(0.6)
+    assert reward.batches == []
+
+
+async def test_jobs_of_a_dead_worker_are_taken_over_from_a_busy_one(redis: Redis, api: SubmitQueue) -> None:
+    """Though it always has a job in hand that waits for another."""
+    lost = work_queue(redis, "lost")
+    await lost.ensure_group()
+    orphan = asyncio.create_task(api.score(jobs_of(3), deadline_s=20.0))
+    assert await lost.read(1, block_ms=2000)
+
+    async def keep_busy(seed: int) -> None:
+        while not orphan.done():
+            await api.score(jobs_of(3, seed=seed), deadline_s=20.0)
+
+    limits = WorkerLimits(max_batch=4, max_wait_s=0.05, lease_s=LEASE_MS / 1000)
+    async with working(redis, dummies.Counting(), limits):
+        busy = [asyncio.create_task(keep_busy(seed)) for seed in range(1, 9)]
+        assert scores(await asyncio.wait_for(orphan, 5)) == expected(jobs_of(3))
+        await asyncio.gather(*busy)
 
 
 @pytest.mark.skipif(not is_supported(), reason="needs memfd_create and /proc")

@@ -153,3 +153,15 @@ def test_threads_that_take_and_give_at_the_same_time_get_areas_of_their_own() ->
         sys.setswitchinterval(before_s)
     assert not problems
     areas.close()
+
+
+def test_a_thread_that_outlives_its_request_gets_no_area() -> None:
+    """Nobody would give it back."""
+    areas = Areas(enabled=True)
+    with areas.lease() as lease:
+        pass
+    assert lease.memory(10) is None
+    with areas.lease() as lease:
+        assert lease.memory(10) is not None
+    assert areas._in_use == 0
+    areas.close()
