@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export PYTHONUNBUFFERED := 1
 
-.PHONY: run test test-slow test-compose test-k8s images reproduce drill bench bench-peers lint format lock clean
+.PHONY: run test test-slow test-compose test-k8s images reproduce drill bench bench-gpu bench-peers lint format lock clean
 
 run: $(VENV)/.ready
 	$(BIN)/python -m trainer.run
@@ -44,6 +44,11 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.idle_latency
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.queue
+	$(BIN)/python -m benchmarks.behind --reward mini-clip
+
+# Likewise on a GPU: agreement in bfloat16, training steps at full size, ViT-L/14 behind the service.
+bench-gpu: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.on_gpu runs/on_gpu --minutes 30
 
 # The environments that benchmarks.serving compares with; several GB, because each has a torch.
 bench-peers: $(VENV)/.ready

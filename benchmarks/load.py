@@ -122,7 +122,15 @@ def watching(pid: int, seen: dict[str, float]) -> Iterator[None]:
 
 
 def load(
-    port: int, request: bytes, *, clients: int, seconds: float, images: int, pid: int, expected: list[float]
+    port: int,
+    request: bytes,
+    *,
+    clients: int,
+    seconds: float,
+    images: int,
+    pid: int,
+    expected: list[float],
+    tolerance: float = TOLERANCE,
 ) -> Measured:
     """Ask from several clients at once, each as soon as it is answered, for some seconds.
 
@@ -134,6 +142,7 @@ def load(
         images: in one request.
         pid: root of the server's processes.
         expected: the right scores, to which each answer is held.
+        tolerance: by which a score may differ from its own.
 
     Raises:
         RuntimeError: a client failed, or a score was wrong.
@@ -159,7 +168,7 @@ def load(
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while (asked_s := time.perf_counter()) < stop_s:
                 scores = ask(connection, request)
-                if len(scores) != len(expected) or max(map(abs, map(sub, scores, expected))) > TOLERANCE:
+                if len(scores) != len(expected) or max(map(abs, map(sub, scores, expected))) > tolerance:
                     raise ValueError(f"scores {scores[:3]}…, expected {expected[:3]}…")
                 if begin.is_set():
                     times.append((asked_s, time.perf_counter()))

@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,7 @@ from services.settings import environment_of_children
 from trainer import machine
 
 PARTS = ("workers", "aof", "memory")
+SLEEPER = "benchmarks.sleeper:Sleeper"
 KEYS = Keys(Sleeper.name, Sleeper.version)
 MAX_BATCH, REQUEST_IMAGES, SIDE = 32, 16, 64
 CLIENTS = 32
@@ -95,8 +96,17 @@ class Fleet(NamedTuple):
 
 
 @contextlib.contextmanager
-def fleet(workers: int, *, shared: bool, aof: bool = False) -> Iterator[Fleet]:
-    """Start a Redis, an API and workers of the sleeping reward, and end them after the block.
+def fleet(
+    workers: int, *, shared: bool, aof: bool = False, reward: str = SLEEPER, settings: Mapping[str, str] | None = None
+) -> Iterator[Fleet]:
+    """Start a Redis, an API and workers of a reward, and end them after the block.
+
+    Args:
+        workers: how many.
+        shared: whether pixels go through shared memory.
+        aof: whether Redis logs each write.
+        reward: as `python -m services` knows it.
+        settings: variables of their environment, in place of those for the sleeper.
 
     Raises:
         RuntimeError: one of them does not start.
@@ -109,11 +119,10 @@ def fleet(workers: int, *, shared: bool, aof: bool = False) -> Iterator[Fleet]:
         environment = {
             **environment_of_children(server.url),
             "PYTHONPATH": str(machine.ROOT),
-            "OMP_NUM_THREADS": "1",
             "REWARD_SHARED_MEMORY": str(shared).lower(),
-            "REWARD_MAX_BATCH": str(MAX_BATCH),
+            **({"OMP_NUM_THREADS": "1", "REWARD_MAX_BATCH": str(MAX_BATCH)} if settings is None else settings),
         }
-        roles = [["api", "--port", "0"], *([["worker"]] * workers)]
+        roles = [["api", reward, "--port", "0"], *([["worker", reward]] * workers)]
         children = [stack.enter_context(child(role, environment)) for role in roles]
         said = [announced(each) for each in children]
         (url,) = said[0]["rewards"].values()
@@ -123,9 +132,7 @@ def fleet(workers: int, *, shared: bool, aof: bool = False) -> Iterator[Fleet]:
 @contextlib.contextmanager
 def child(role: Sequence[str], environment: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
     """Start `python -m services ROLE`, which ends with this process or with the block."""
-    name, *arguments = role
-    command = [sys.executable, "-m", "services", name, "benchmarks.sleeper:Sleeper", *arguments]
-    command += ["--announce", "--parent", str(os.getpid())]
+    command = [sys.executable, "-m", "services", *role, "--announce", "--parent", str(os.getpid())]
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=machine.ROOT, env=environment, start_new_session=True, **streams)
     try:

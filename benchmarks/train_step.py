@@ -31,6 +31,7 @@ from torch import Tensor
 
 from benchmarks.flops import decode_flop, forward_flop, step_flop
 from benchmarks.formula import fill
+from benchmarks.vit_l_14 import VIT_L_14, write_vit_l_14
 from services.rewards.brightness import Brightness
 from services.rewards.clip import Clip
 from services.rewards.options import Runtime
@@ -170,14 +171,9 @@ def _brightness(images_BHW3: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 def _vit_l_14(folder: Path, device: torch.device) -> Callable[[NDArray[np.uint8]], NDArray[np.float64]]:
     """CLIP at its full size with random weights."""
-    from safetensors.torch import save_file  # noqa: PLC0415 - where it is asked for
-
-    from services.rewards.openclip import create_model  # noqa: PLC0415
-
-    model, path = "ViT-L-14-quickgelu", folder / "vit_l_14.safetensors"
-    save_file({name: entry.half() for name, entry in create_model(model, {}).state_dict().items()}, path)
     precision = "bfloat16" if device.type == "cuda" else "float32"
-    clip = Clip(model, parse_source(str(path)), "a painting", Runtime(device=str(device), precision=precision))
+    source = parse_source(str(write_vit_l_14(folder)))
+    clip = Clip(VIT_L_14, source, "a painting", Runtime(device=str(device), precision=precision))
     clip.warmup()
     return lambda images_BHW3: clip.score(images_BHW3, None)
 
