@@ -58,7 +58,7 @@ def test_the_shell_lines_of_the_page_run_and_answer_as_shown(url: str, tmp_path:
     """Each block is followed by the JSON that it prints; the last one asks for all that has no body."""
     _, *scripts, last = blocks(PAGE, "sh")
     answers = blocks(PAGE, "json")
-    assert len(scripts) == len(answers) == 4
+    assert len(scripts) == len(answers) == 5
     for script, answer in zip(scripts, answers, strict=True):
         given, shown = (json.loads(text) for text in (shell(script.replace(ADDRESS, url), tmp_path), answer))
         assert set(given.pop("timing_ms", {})) == set(shown.pop("timing_ms", {}))
@@ -67,7 +67,7 @@ def test_the_shell_lines_of_the_page_run_and_answer_as_shown(url: str, tmp_path:
     info, ready, metrics = (shell(line.replace(ADDRESS, url), tmp_path) for line in last.splitlines())
     assert protocol.Info.model_validate_json(info).name == "brightness"
     assert json.loads(ready) == {"status": "ok"}
-    assert re.search(r"^reward_images_total\{.*\} 6\.0$", metrics, flags=re.MULTILINE)
+    assert re.search(r"^reward_images_total\{.*\} 7\.0$", metrics, flags=re.MULTILINE)
 
 
 @pytest.mark.redis
