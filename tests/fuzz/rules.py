@@ -79,6 +79,8 @@ def check(attempt: Attempt, answer: Answer | None, limits: Limits) -> None:
         return
     problem = check_form(answer, plain=framing in {*NOT_HTTP, Framing.SHORT})
     allowed = {right.status} if framing is not Framing.GARBLED else {400, 404, 405, 408, 415, 431, 505}
+    if framing is Framing.GARBLED and body.media in protocol.MEDIA_PICTURES:
+        allowed |= {422}  # without its length it is an empty picture
     if framing is Framing.STALLED and not right.early:
         allowed = {408, 413}
     elif framing in NOT_HTTP:
