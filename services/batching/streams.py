@@ -262,7 +262,7 @@ class WorkQueue:
         owners = list(dict.fromkeys(delivery.reply for delivery in deliveries))
         payloads: dict[str, bytes | None] = {}
         if unasked := [owner for owner in owners if owner not in wanted]:
-            self._owners = owners[-MOST_OWNERS:]
+            self._owners = list(dict.fromkeys([*owners, *self._owners]))[:MOST_OWNERS]
         if stored or unasked:
             pipe = self._redis.pipeline(transaction=False)
             for uid in stored:
