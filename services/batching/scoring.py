@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ class Work:
     batch: Batch
     queue_ms: float
     since_s: float
-    reply: Reply | None = field(default=None)
+    reply: Reply | None = None
 
     def begin(self, now_s: float) -> None:
         """Its turn has come; if that is too late, this is the reply."""
