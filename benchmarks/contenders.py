@@ -21,12 +21,14 @@ class Contender:
         command: makes a command of workload and port.
         folder: where its environment lies, or None for this one.
         environment: what it is told besides.
+        settings: likewise, of one workload.
     """
 
     name: str
     command: Callable[[str, int], list[str]]
     folder: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 REWARD_OF = {"w1": "brightness", "w2": "brightness", "w3": "benchmarks.peers.encoder:Encoder"}
@@ -50,7 +52,17 @@ def _bare(*options: str) -> Callable[[str, int], list[str]]:
 
 BARE = Contender("bare handler", _bare())
 BARE_FAST = Contender("… with uvloop, httptools", _bare("fast"))
-OURS = Contender("ours", _ours)
+OURS = Contender(
+    "ours",
+    _ours,
+    # Two processes for HTTP, as the peers have there; a forward pass of one request's images, as with all others.
+    settings={
+        "w1": {"REWARD_API_PROCESSES": "2"},
+        "w2": {"REWARD_API_PROCESSES": "2"},
+        "w3": {"REWARD_MAX_BATCH": "16"},
+    },
+)
+OURS_PLAIN = Contender("… by default", _ours)
 PEERS = (
     Contender(
         "LitServe",
@@ -89,7 +101,7 @@ def command_of(contender: Contender, workload: str, port: int, peers: Path) -> t
     """The command line and the environment of a contender's processes."""
     command = [part.replace("{peers}", str(peers)) for part in contender.command(workload, port)]
     threads = {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    return command, {**os.environ, **threads, **contender.environment}
+    return command, {**os.environ, **threads, **contender.environment, **contender.settings.get(workload, {})}
 
 
 def request_of(contender: Contender, workload: str, body: bytes, port: int) -> bytes:

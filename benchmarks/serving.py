@@ -30,7 +30,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contenders import BARE, BARE_FAST, OURS, PEERS, Contender, command_of, request_of
+from benchmarks.contenders import BARE, BARE_FAST, OURS, OURS_PLAIN, PEERS, Contender, command_of, request_of
 from benchmarks.load import Measured, load, wait_until_ready
 from benchmarks.peers.work import scorer
 from services.images import encode_batch, encode_png
@@ -169,14 +169,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
     parser.add_argument("--workloads", default="w1,w2,w3", help="some of w1,w2,w3")
     parser.add_argument(
-        "--contenders", default="", help="some of bare,bare-fast,ours,litserve,bentoml,rayserve; all by default"
+        "--contenders",
+        default="",
+        help="some of bare, bare-fast, ours, ours-plain and the peers, with commas",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
     parser.add_argument("--peers", type=Path, default=machine.ROOT / ".cache" / "peers", help="their environments")
     parser.add_argument("--json", type=Path, help="a file to keep every figure in")
     options = parser.parse_args()
-    by_name = {"bare": BARE, "bare-fast": BARE_FAST, "ours": OURS, **{peer.folder or "": peer for peer in PEERS}}
+    own = {"bare": BARE, "bare-fast": BARE_FAST, "ours": OURS, "ours-plain": OURS_PLAIN}
+    by_name = {**own, **{peer.folder or "": peer for peer in PEERS}}
     asked = [name for name in options.contenders.split(",") if name] or list(by_name)
     contenders = []
     for name in asked:

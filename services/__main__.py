@@ -86,8 +86,10 @@ def run(options: argparse.Namespace) -> int:
                 announces=options.announce,
                 until_stdin_closes=options.until_stdin_closes,
                 log_file=options.log_file,
+                verbose=options.verbose or not options.announce,
                 redis_url=redis_url,
                 queue_bytes=settings.queue_bytes,
+                api_processes=settings.api_processes,
             )
         )
     if redis_url is None:

@@ -95,25 +95,55 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         StartError: the address cannot be had; the message names it.
     """
+    return bind_several(host, port, 1)[0]
+
+
+def bind_several(host: str, port: int, count: int) -> list[socket.socket]:
+    """Bind and listen with several sockets at one address; Linux spreads the connections over them (socket(7)).
+
+    Processes that shared one socket would race for its connections, and those that are kept would stay where they came.
+
+    Args:
+        host, port: of all of them; port 0 takes a free one.
+        count: of sockets, 1 or more.
+
+    Raises:
+        StartError: the address cannot be had; the message names it.
+    """
     if not 0 <= port <= LAST_PORT:  # the system would take the rest of a division by 65536
         raise StartError(f"port {port} does not exist: choose a --port from 0 to {LAST_PORT}")
-    try:
-        # With its protocol named: asyncio sets TCP_NODELAY only then, without which answers are 40 ms late.
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
+    with contextlib.ExitStack() as stack:
         try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(LISTEN_BACKLOG)
-        except BaseException:
-            listener.close()
-            raise
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            remedy = "is in use: choose another --port, or 0 for a free one"
-        else:
-            remedy = f"cannot be listened on ({error}): choose another --host or --port"
-        raise StartError(f"port {port} on {host} {remedy}") from error
+            # The first takes the address for itself, which finds one in use; then it lets the others in.
+            listeners = [stack.enter_context(_bound(host, port))]
+            if count > 1:
+                listeners[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                port = listeners[0].getsockname()[1]
+                listeners += [stack.enter_context(_bound(host, port, shares=True)) for _ in range(count - 1)]
+            for listener in listeners:
+                listener.listen(LISTEN_BACKLOG)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                remedy = "is in use: choose another --port, or 0 for a free one"
+            else:
+                remedy = f"cannot be listened on ({error}): choose another --host or --port"
+            raise StartError(f"port {port} on {host} {remedy}") from error
+        stack.pop_all()
+    return listeners
+
+
+def _bound(host: str, port: int, *, shares: bool = False) -> socket.socket:
+    # With its protocol named: asyncio sets TCP_NODELAY only then, without which answers are 40 ms late.
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shares:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind(address)
+    except BaseException:
+        listener.close()
+        raise
     return listener
 
 

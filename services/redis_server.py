@@ -1,7 +1,6 @@
 """A Redis of one's own: found on this machine, on a unix socket, gone with its owner."""
 
 import contextlib
-import fcntl
 import importlib.util
 import os
 import shutil
@@ -12,11 +11,12 @@ import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import Self
+
+from services.folders import OwnFolder
 
 DIRECTORY_PREFIX = "reward-redis-"
 SOCKET_NAME = "redis.sock"
-LOCK_NAME = "owner.lock"
 LOG_NAME = "redis.log"
 SOCKET_PATH_LIMIT = 100
 """A unix socket's path may have 108 bytes on Linux and 104 elsewhere."""
@@ -24,8 +24,6 @@ SHORT_ROOT = "/tmp"  # noqa: S108 - only mkdtemp writes there
 """Where the directory goes if the system's temporary one has too long a path."""
 START_S = 10.0
 STOP_S = 5.0
-ORPHAN_AGE_S = 60.0
-"""Younger directories are left alone: their owner may be about to take its lock."""
 
 DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
@@ -76,15 +74,18 @@ class RedisServer:
     def __init__(self, *, max_memory_bytes: int = 2 * 2**30) -> None:
         """Name the memory limit, in bytes; nothing is started yet."""
         self._max_memory_bytes = max_memory_bytes
-        self._folder: Path | None = None
-        self._lock: IO[bytes] | None = None
+        self._own: OwnFolder | None = None
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
         """Where clients find it."""
-        assert self._folder is not None
         return f"unix://{self._folder / SOCKET_NAME}"
+
+    @property
+    def _folder(self) -> Path:
+        assert self._own is not None
+        return self._own.path
 
     def __enter__(self) -> Self:
         """Start it and wait until it answers.
@@ -93,11 +94,8 @@ class RedisServer:
             RedisMissing: there is none, or it does not start.
         """
         program = find_redis()
-        _remove_orphans()
-        self._folder = _fresh_folder()
+        self._own = OwnFolder(DIRECTORY_PREFIX, _root())
         try:
-            self._lock = (self._folder / LOCK_NAME).open("wb")
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
             self.process = self._start(program)
             self._wait()
         except BaseException:
@@ -134,13 +132,10 @@ class RedisServer:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        if self._lock is not None:
-            self._lock.close()
+        if self._own is not None:
+            self._own.close()
 
     def _start(self, program: str) -> subprocess.Popen[bytes]:
-        assert self._folder is not None
         options = {
             "port": "0",
             "unixsocket": str(self._folder / SOCKET_NAME),
@@ -167,7 +162,6 @@ class RedisServer:
     def _wait(self) -> None:
         """Wait until it answers a PING."""
         assert self.process is not None
-        assert self._folder is not None
         gives_up_s = time.monotonic() + START_S
         while time.monotonic() < gives_up_s:
             if self.process.poll() is not None:
@@ -185,30 +179,8 @@ class RedisServer:
         raise RedisMissing(f"Redis did not start within {START_S:g} s ({last.strip()[:200]}): set REDIS_URL instead")
 
 
-def _fresh_folder() -> Path:
-    """A new directory for its owner alone (0700), with a path short enough for a socket."""
-    folder = Path(tempfile.mkdtemp(prefix=DIRECTORY_PREFIX))
-    if len(str(folder / SOCKET_NAME)) > SOCKET_PATH_LIMIT:
-        folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix=DIRECTORY_PREFIX, dir=SHORT_ROOT))
-    return folder
-
-
-def _remove_orphans() -> None:
-    """Remove the directories of owners that were killed: those whose lock nobody holds any more."""
-    for root in {tempfile.gettempdir(), SHORT_ROOT}:
-        for lock in Path(root).glob(f"{DIRECTORY_PREFIX}*/{LOCK_NAME}"):
-            with contextlib.suppress(OSError):
-                _remove_if_orphan(lock)
-
-
-def _remove_if_orphan(lock: Path) -> None:
-    if lock.parent.lstat().st_uid != os.getuid():
-        return
-    descriptor = os.open(lock, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    try:
-        if time.time() - os.fstat(descriptor).st_mtime >= ORPHAN_AGE_S:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock.parent, ignore_errors=True)
-    finally:
-        os.close(descriptor)
+def _root() -> Path:
+    """Where the directory is made: in the system's temporary one, unless a socket's path would be too long there."""
+    root = tempfile.gettempdir()
+    longest = len(f"{root}/{DIRECTORY_PREFIX}XXXXXXXX/{SOCKET_NAME}")
+    return Path(root if longest <= SOCKET_PATH_LIMIT else SHORT_ROOT)

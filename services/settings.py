@@ -1,6 +1,6 @@
 """Settings of the services: the one place here that reads the environment.
 
-Every variable begins with `REWARD_`, but for `REDIS_URL`, which others share.
+Every variable begins with `REWARD_`, but for `REDIS_URL` and `PROMETHEUS_MULTIPROC_DIR`, which others share.
 """
 
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, DirectoryPath, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.protocol import Limits
@@ -18,6 +18,8 @@ from services.rewards.options import STANDARD, Device, Precision, RewardOptions,
 from services.rewards.sources import parse_source
 
 PREFIX = "REWARD_"
+METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+"""Named by prometheus-client, which reads it as well."""
 DEFAULTS = RewardOptions()
 
 
@@ -48,6 +50,17 @@ class Settings(BaseSettings):
     max_deadline_s: float = Field(default=600, gt=0, description="longest deadline that a request is given")
     default_deadline_s: float = Field(default=120, gt=0, description="deadline of a request that names none")
 
+    api_processes: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="API processes that `serve` starts for a reward, behind its one port",
+    )
+    metrics_folder: DirectoryPath | None = Field(
+        default=None,
+        validation_alias=AliasChoices("metrics_folder", METRICS_VARIABLE),
+        description="where the API processes of one reward count together; `serve` sets it",
+    )
     upload_stall_s: float = Field(default=10, gt=0, description="silence in an upload after which it is ended")
     answer_ttl_s: float = Field(
         default=600, ge=1, description="how long an Idempotency-Key brings the same answer back"
@@ -116,6 +129,11 @@ class Settings(BaseSettings):
         )
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes of the requests in work in one API process: its part of the queue's bound, and at least one body."""
+        return max(self.max_body_bytes, self.queue_bytes // self.api_processes)
+
+    @property
     def images_per_job(self) -> int:
         """Images in one job: no more than one forward pass may hold, and all of those where memory is shared."""
         return self.max_batch if self.shared_memory else min(self.job_images, self.max_batch)
@@ -166,17 +184,30 @@ class Settings(BaseSettings):
         return self
 
 
-def environment_of_children(redis_url: str) -> dict[str, str]:
-    """The environment for processes of ours, on this host, that shall use this Redis.
+def environment_of_children(redis_url: str, metrics_folder: Path | None) -> dict[str, str]:
+    """The environment for the processes of one reward, on this host, that shall use this Redis.
 
     No list of processes shows its password.
+
+    Args:
+        redis_url: of the queue.
+        metrics_folder: where several API processes count together; None where there is one, which counts by itself.
     """
-    return {f"{PREFIX}SHARED_MEMORY": "true", **os.environ, "REDIS_URL": redis_url}
+    environment = {f"{PREFIX}SHARED_MEMORY": "true", **os.environ, "REDIS_URL": redis_url}
+    environment.pop(METRICS_VARIABLE, None)
+    if metrics_folder is not None:
+        environment[METRICS_VARIABLE] = str(metrics_folder)
+    return environment
+
+
+def variable_of(name: str) -> str:
+    """The variable that a setting is read from."""
+    return {"redis_url": "REDIS_URL", "metrics_folder": METRICS_VARIABLE}.get(name, f"{PREFIX}{name}".upper())
 
 
 def variables() -> list[str]:
     """The names of all variables, in the order of the settings."""
-    return ["REDIS_URL" if name == "redis_url" else f"{PREFIX}{name}".upper() for name in Settings.model_fields]
+    return [variable_of(name) for name in Settings.model_fields]
 
 
 def _refuse_unknown() -> None:
@@ -211,7 +242,7 @@ def load_settings(*, redis_url: str | None = None) -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field, words = str(first["loc"][0]) if first["loc"] else "", first["msg"].removeprefix("Value error, ")
-        name = "REDIS_URL" if field.lower() == "redis_url" else f"{PREFIX}{field}".upper()
+        name = field if field == METRICS_VARIABLE else variable_of(field.lower())
         raise SettingsError(f"{name}: {words}" if field else words) from None
 
 

@@ -1,18 +1,22 @@
-"""`serve`: an API and a worker for each reward, with a Redis where none is given; what dies is started again."""
+"""`serve`: API and worker of each reward, with a Redis where none is given; what dies is started again."""
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
+import shutil
 import signal
 import socket
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from services.children import Child
-from services.processes import EXIT_INTERRUPTED, StartError, announce, bind, stop_on_signals, url_of
+from services.folders import OwnFolder
+from services.processes import EXIT_INTERRUPTED, StartError, announce, bind_several, stop_on_signals, url_of
 from services.redis_server import RedisServer
 from services.settings import environment_of_children
 
@@ -26,6 +30,9 @@ BROKEN_GRACE_S = 1.0
 """Likewise when one of them is given up: what the others have in hand cannot be finished without it."""
 REDIS_POLL_S = 0.5
 REDIS_SPARE_BYTES = 256 * 2**20
+MEMORY_ROOT = Path("/dev/shm")  # noqa: S108 - only mkdtemp writes there
+METRICS_PREFIX = "reward-metrics-"
+METRICS_SPARE_BYTES = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +45,10 @@ class ServeOptions:
         announces: whether to print the addresses as one JSON line on stdout when all are ready.
         until_stdin_closes: whether the end of stdin stops everything.
         log_file: where the log goes, or None for stderr.
+        verbose: whether the children log more than warnings.
         redis_url: where the queue lives, or None for a Redis of our own.
         queue_bytes: bound of the queue, by which our own Redis is sized.
+        api_processes: of each reward.
     """
 
     names: Sequence[str]
@@ -48,8 +57,10 @@ class ServeOptions:
     announces: bool
     until_stdin_closes: bool
     log_file: Path | None
+    verbose: bool
     redis_url: str | None
     queue_bytes: int
+    api_processes: int
 
 
 def serve(options: ServeOptions) -> int:
@@ -63,14 +74,17 @@ def serve(options: ServeOptions) -> int:
         services.redis_server.RedisMissing: no Redis is given and none is found.
     """
     with contextlib.ExitStack() as stack:
-        listeners = [
-            stack.enter_context(bind(options.host, options.port + offset if options.port else 0))
-            for offset in range(len(options.names))
-        ]
+        listeners = []
+        for offset in range(len(options.names)):
+            port = options.port + offset if options.port else 0
+            listeners.append(bind_several(options.host, port, options.api_processes))
+            for listener in listeners[-1]:
+                stack.enter_context(listener)
         return asyncio.run(_supervise(options, listeners))
 
 
-async def _supervise(options: ServeOptions, listeners: Sequence[socket.socket]) -> int:
+async def _supervise(options: ServeOptions, listeners: Sequence[Sequence[socket.socket]]) -> int:
+    """Run everything; `listeners` has for each reward a socket of each of its APIs."""
     stop = asyncio.Event()
     received = stop_on_signals(stop, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
     if options.until_stdin_closes:
@@ -81,28 +95,50 @@ async def _supervise(options: ServeOptions, listeners: Sequence[socket.socket]) 
         if redis_url is None:
             redis = stack.enter_context(RedisServer(max_memory_bytes=2 * options.queue_bytes + REDIS_SPARE_BYTES))
             redis_url = redis.url
-        children = _children(options, listeners, environment_of_children(redis_url))
-        urls = {name: url_of(listener) for name, listener in zip(options.names, listeners, strict=True)}
+        metrics = stack.enter_context(_metrics_folder()).path if options.api_processes > 1 else None
+        children = _children(options, listeners, redis_url, metrics)
+        urls = {name: url_of(group[0]) for name, group in zip(options.names, listeners, strict=True)}
         try:
             await _until_stopped(children, redis, stop, urls, announces=options.announces)
         finally:
-            for listener in listeners:
+            for listener in itertools.chain(*listeners):
                 listener.close()  # so that no connection waits for an API that will not come back
             await _stop(children, received, GRACE_S if stop.is_set() else BROKEN_GRACE_S)
     return EXIT_INTERRUPTED if signal.SIGINT in received else 0
 
 
+def _metrics_folder() -> OwnFolder:
+    """Where API processes count: in memory where the system has such a place, lest a full disk end them.
+
+    Raises:
+        StartError: it cannot be made, or has no room: a file that is mapped and cannot grow kills who writes.
+    """
+    root = MEMORY_ROOT if os.access(MEMORY_ROOT, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+    try:
+        if (free := shutil.disk_usage(root).free) < METRICS_SPARE_BYTES:
+            raise StartError(
+                f"{root} has {free} bytes left, needs {METRICS_SPARE_BYTES}: make room, or one API process"
+            )
+        return OwnFolder(METRICS_PREFIX, root)
+    except OSError as error:
+        raise StartError(f"no folder for metrics in {root} ({error.strerror}): set TMPDIR") from error
+
+
 def _children(
-    options: ServeOptions, listeners: Sequence[socket.socket], environment: dict[str, str]
+    options: ServeOptions, listeners: Sequence[Sequence[socket.socket]], redis_url: str, metrics: Path | None
 ) -> Sequence[Child]:
-    """An API and a worker for each reward. The sockets stay open here: while an API is started again, callers wait."""
+    """APIs and a worker for each reward. The sockets stay open here: while an API is started again, callers wait."""
     shared = [] if options.log_file is None else ["--log-file", str(options.log_file)]
-    if not options.announces:
+    if options.verbose:
         shared.append("--verbose")
     children = []
-    for name, listener in zip(options.names, listeners, strict=True):
-        fd = listener.fileno()
-        children.append(Child("api", name, [*shared, "--fd", str(fd)], environment, fd))
+    for number, (name, group) in enumerate(zip(options.names, listeners, strict=True)):
+        folder = None if metrics is None else metrics / str(number)
+        if folder is not None:
+            folder.mkdir()
+        environment = environment_of_children(redis_url, folder)
+        for fd in (listener.fileno() for listener in group):
+            children.append(Child("api", name, [*shared, "--fd", str(fd)], environment, fd))
         children.append(Child("worker", name, shared, environment, None))
     return children
 

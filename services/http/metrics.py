@@ -1,9 +1,15 @@
-"""What Prometheus may read of one API process: its own requests, and the queue as all processes share it."""
+"""What Prometheus may read of an API: its requests, and the queue as all APIs share it.
+
+API processes behind one port count together, in files of a folder that each of them reads: whichever is asked, the
+answer is the same, and no count falls back when one of them is started again.
+"""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from services.batching.survey import BATCH_BOUNDS, Survey
@@ -19,14 +25,17 @@ LABELS = ("reward", "version")
 class Metrics:
     """The metrics of one application."""
 
-    def __init__(self, reward: str, version: str) -> None:
+    def __init__(self, reward: str, version: str, folder: Path | None = None) -> None:
         """Start at zero.
 
         Args:
             reward: its name.
             version: its version.
+            folder: where the processes of this reward count together (prometheus-client's `PROMETHEUS_MULTIPROC_DIR`,
+                which must have been set when that was imported); None where there is but one.
         """
         self._values = (reward, version)
+        self._folder = folder
         self._registry = CollectorRegistry()
         self._requests = Counter("reward_requests", "Requests by status", [*LABELS, "status"], registry=self._registry)
         images = Counter("reward_images", "Images scored", LABELS, registry=self._registry)
@@ -65,7 +74,11 @@ class Metrics:
         Args:
             survey: the queue now; None where it cannot be seen, and then nothing is said of it.
         """
-        return generate_latest(_Snapshot(self._registry, survey, self._values))
+        registry = self._registry
+        if self._folder is not None:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry, str(self._folder))  # type: ignore[no-untyped-call]
+        return generate_latest(_Snapshot(registry, survey, self._values))
 
 
 class _Snapshot(Collector):

@@ -80,13 +80,13 @@ class ScoreService:
         """
         self.settings = settings
         self.queue = queue
-        self.metrics = Metrics(reward.name, reward.version)
+        self.metrics = Metrics(reward.name, reward.version, settings.metrics_folder)
         self.draining = False
         self._limits = settings.limits
-        self._turns = Turns(len(os.sched_getaffinity(0)))
+        self._turns = Turns(max(1, len(os.sched_getaffinity(0)) // settings.api_processes))
         self._token = settings.token.get_secret_value().encode() if settings.token else None
         self._retry_after = {protocol.HEADER_RETRY_AFTER: str(settings.retry_after_s)}
-        self._held = HeldBytes(settings.queue_bytes, headers=self._retry_after)
+        self._held = HeldBytes(settings.held_bytes, headers=self._retry_after)
         self._areas = Areas(enabled=settings.shared_memory)
         self.info = info_of(reward, settings.limits)
 

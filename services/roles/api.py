@@ -5,6 +5,7 @@ import contextlib
 import logging
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Coroutine
 from types import FrameType
 from typing import Any
@@ -48,6 +49,8 @@ def run_api(name: str, listener: socket.socket, redis_url: str, settings: Settin
     """
     return_freed_memory()
     reward = create_reward(name, settings.reward_options)
+    if "torch" in sys.modules:
+        logger.warning("%s brings torch into its API, which has no use for it: import it in warmup instead", name)
     keys = Keys(reward.name, reward.version)
 
     @contextlib.asynccontextmanager

@@ -1,9 +1,12 @@
 """Small things that every process of a service needs."""
 
 import asyncio
+import selectors
 import socket
 
-from services.processes import bind
+import pytest
+
+from services.processes import StartError, bind, bind_several
 
 
 async def answers_at_once(listener: socket.socket) -> bool:
@@ -27,3 +30,35 @@ async def answers_at_once(listener: socket.socket) -> bool:
 def test_a_bound_socket_answers_at_once() -> None:
     """Nagle's algorithm and delayed acknowledgements together cost 40 ms an answer."""
     assert asyncio.run(answers_at_once(bind("127.0.0.1", 0)))
+
+
+def test_connections_are_spread_over_the_sockets_of_an_address() -> None:
+    """By a hash of the addresses: of 64, fewer than 8 at one of two would be seen once in 10^10 times."""
+    listeners = bind_several("127.0.0.1", 0, 2)
+    address = listeners[0].getsockname()
+    assert listeners[1].getsockname() == address
+    callers = [socket.create_connection(address) for _ in range(64)]
+    counts = [0, 0]
+    with selectors.DefaultSelector() as selector:
+        for number, listener in enumerate(listeners):
+            selector.register(listener, selectors.EVENT_READ, number)
+        while sum(counts) < len(callers):
+            for key, _ in selector.select(timeout=10):
+                listeners[key.data].accept()[0].close()
+                counts[key.data] += 1
+    for connection in (*callers, *listeners):
+        connection.close()
+    assert min(counts) >= 8
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_an_address_in_use_is_refused_however_many_share_it(first: int, second: int) -> None:
+    """Two services that shared a port would answer for each other."""
+    listeners = bind_several("127.0.0.1", 0, first)
+    port = listeners[0].getsockname()[1]
+    with pytest.raises(StartError, match=f"port {port} on 127.0.0.1 is in use: choose another --port"):
+        bind_several("127.0.0.1", port, second)
+    for listener in listeners:
+        listener.close()
+    for listener in bind_several("127.0.0.1", port, second):  # nothing of either is left
+        listener.close()

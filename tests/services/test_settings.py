@@ -1,8 +1,11 @@
 """The page of settings is the settings."""
 
 import re
+from pathlib import Path
 
-from services.settings import Settings
+import pytest
+
+from services.settings import Settings, SettingsError, load_settings, variable_of
 from tests.services.conftest import ROOT
 
 
@@ -13,6 +16,20 @@ def test_the_page_lists_every_setting_with_its_default() -> None:
     shown = {name: (default, meaning) for name, default, meaning in rows}
     expected = {}
     for name, setting in Settings.model_fields.items():
-        variable = "REDIS_URL" if name == "redis_url" else f"REWARD_{name}".upper()
-        expected[variable] = ("–" if setting.default is None else str(setting.default), setting.description)
+        expected[variable_of(name)] = ("–" if setting.default is None else str(setting.default), setting.description)
     assert shown == expected
+
+
+def test_api_processes_share_the_bound_of_what_they_hold() -> None:
+    """But one whole body has room in each of them."""
+    of = {
+        count: Settings(queue_bytes=2**26, max_body_bytes=2**25, api_processes=count).held_bytes for count in (1, 2, 4)
+    }
+    assert of == {1: 2**26, 2: 2**25, 4: 2**25}
+
+
+def test_a_folder_of_metrics_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the variable, which is prometheus-client's."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "none"))
+    with pytest.raises(SettingsError, match=r"^PROMETHEUS_MULTIPROC_DIR: "):
+        load_settings()
