@@ -114,37 +114,32 @@ def bind_several(host: str, port: int, count: int) -> list[socket.socket]:
         raise StartError(f"port {port} does not exist: choose a --port from 0 to {LAST_PORT}")
     with contextlib.ExitStack() as stack:
         try:
-            # The first takes the address for itself, which finds one in use; then it lets the others in.
-            listeners = [stack.enter_context(_bound(host, port))]
-            if count > 1:
-                listeners[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                port = listeners[0].getsockname()[1]
-                listeners += [stack.enter_context(_bound(host, port, shares=True)) for _ in range(count - 1)]
-            for listener in listeners:
-                listener.listen(LISTEN_BACKLOG)
+            # With its protocol named: asyncio sets TCP_NODELAY only then, without which answers are 40 ms late.
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listeners = [stack.enter_context(socket.socket(family, kind, protocol))]
+            listeners[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listeners[0].bind(address)
+            listeners[0].listen(LISTEN_BACKLOG)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 remedy = "is in use: choose another --port, or 0 for a free one"
             else:
                 remedy = f"cannot be listened on ({error}): choose another --host or --port"
             raise StartError(f"port {port} on {host} {remedy}") from error
+        try:
+            # Only now that the address is its own does the first let others in: so one in use is found.
+            for _ in range(count - 1):
+                listeners[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                listener = stack.enter_context(socket.socket(family, kind, protocol))
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                listener.bind(listeners[0].getsockname())
+                listener.listen(LISTEN_BACKLOG)
+                listeners.append(listener)
+        except OSError as error:
+            raise StartError(f"{count} processes cannot share a port here ({error}): let one have it") from error
         stack.pop_all()
     return listeners
-
-
-def _bound(host: str, port: int, *, shares: bool = False) -> socket.socket:
-    # With its protocol named: asyncio sets TCP_NODELAY only then, without which answers are 40 ms late.
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if shares:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        listener.bind(address)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
 
 
 def url_of(listener: socket.socket) -> str:

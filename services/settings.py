@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, DirectoryPath, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.protocol import Limits
@@ -51,14 +51,11 @@ class Settings(BaseSettings):
     default_deadline_s: float = Field(default=120, gt=0, description="deadline of a request that names none")
 
     api_processes: int = Field(
-        default=1,
-        ge=1,
-        le=64,
-        description="API processes that `serve` starts for a reward, behind its one port",
+        default=1, ge=1, le=64, description="API processes that `serve` starts for a reward, behind its one port"
     )
-    metrics_folder: DirectoryPath | None = Field(
+    metrics_folder: Path | None = Field(
         default=None,
-        validation_alias=AliasChoices("metrics_folder", METRICS_VARIABLE),
+        validation_alias=METRICS_VARIABLE,
         description="where the API processes of one reward count together; `serve` sets it",
     )
     upload_stall_s: float = Field(default=10, gt=0, description="silence in an upload after which it is ended")
@@ -184,20 +181,18 @@ class Settings(BaseSettings):
         return self
 
 
-def environment_of_children(redis_url: str, metrics_folder: Path | None) -> dict[str, str]:
-    """The environment for the processes of one reward, on this host, that shall use this Redis.
+def environment_of_children(redis_url: str) -> dict[str, str]:
+    """The environment for processes of ours, on this host, that shall use this Redis.
 
     No list of processes shows its password.
-
-    Args:
-        redis_url: of the queue.
-        metrics_folder: where several API processes count together; None where there is one, which counts by itself.
     """
-    environment = {f"{PREFIX}SHARED_MEMORY": "true", **os.environ, "REDIS_URL": redis_url}
-    environment.pop(METRICS_VARIABLE, None)
-    if metrics_folder is not None:
-        environment[METRICS_VARIABLE] = str(metrics_folder)
-    return environment
+    return {f"{PREFIX}SHARED_MEMORY": "true", **os.environ, "REDIS_URL": redis_url}
+
+
+def counting_in(folder: Path | None, environment: dict[str, str]) -> dict[str, str]:
+    """The environment of an API that counts together with others in a folder, or by itself, whatever it was before."""
+    rest = {name: value for name, value in environment.items() if name.upper() != METRICS_VARIABLE}
+    return rest if folder is None else {**rest, METRICS_VARIABLE: str(folder)}
 
 
 def variable_of(name: str) -> str:

@@ -18,7 +18,7 @@ from services.children import Child
 from services.folders import OwnFolder
 from services.processes import EXIT_INTERRUPTED, StartError, announce, bind_several, stop_on_signals, url_of
 from services.redis_server import RedisServer
-from services.settings import environment_of_children
+from services.settings import counting_in, environment_of_children
 
 logger = logging.getLogger(__name__)
 
@@ -113,15 +113,15 @@ def _metrics_folder() -> OwnFolder:
     Raises:
         StartError: it cannot be made, or has no room: a file that is mapped and cannot grow kills who writes.
     """
-    root = MEMORY_ROOT if os.access(MEMORY_ROOT, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
-    try:
-        if (free := shutil.disk_usage(root).free) < METRICS_SPARE_BYTES:
-            raise StartError(
-                f"{root} has {free} bytes left, needs {METRICS_SPARE_BYTES}: make room, or one API process"
-            )
-        return OwnFolder(METRICS_PREFIX, root)
-    except OSError as error:
-        raise StartError(f"no folder for metrics in {root} ({error.strerror}): set TMPDIR") from error
+    reasons = []
+    for root in (MEMORY_ROOT, Path(tempfile.gettempdir())):
+        try:
+            if (free := shutil.disk_usage(root).free) >= METRICS_SPARE_BYTES:
+                return OwnFolder(METRICS_PREFIX, root)
+            reasons.append(f"{root} has {free} bytes left, needs {METRICS_SPARE_BYTES}")
+        except OSError as error:
+            reasons.append(f"{root}: {error.strerror}")
+    raise StartError(f"no folder for metrics ({'; '.join(reasons)}): make room, or set REWARD_API_PROCESSES=1")
 
 
 def _children(
@@ -131,14 +131,14 @@ def _children(
     shared = [] if options.log_file is None else ["--log-file", str(options.log_file)]
     if options.verbose:
         shared.append("--verbose")
-    children = []
+    children, environment = [], environment_of_children(redis_url)
     for number, (name, group) in enumerate(zip(options.names, listeners, strict=True)):
         folder = None if metrics is None else metrics / str(number)
         if folder is not None:
             folder.mkdir()
-        environment = environment_of_children(redis_url, folder)
+        of_api = counting_in(folder, environment)
         for fd in (listener.fileno() for listener in group):
-            children.append(Child("api", name, [*shared, "--fd", str(fd)], environment, fd))
+            children.append(Child("api", name, [*shared, "--fd", str(fd)], of_api, fd))
         children.append(Child("worker", name, shared, environment, None))
     return children
 

@@ -75,7 +75,7 @@ class Metrics:
             survey: the queue now; None where it cannot be seen, and then nothing is said of it.
         """
         registry = self._registry
-        if self._folder is not None:
+        if self._folder is not None and self._folder.is_dir():  # where someone removed it, each counts by itself
             registry = CollectorRegistry()
             MultiProcessCollector(registry, str(self._folder))  # type: ignore[no-untyped-call]
         return generate_latest(_Snapshot(registry, survey, self._values))

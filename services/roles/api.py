@@ -21,7 +21,7 @@ from services.http.connection import patient_protocol
 from services.processes import EXIT_INTERRUPTED, StartError, announce, return_freed_memory, spare_what_stays, url_of
 from services.rewards import create_reward
 from services.roles.contact import reach
-from services.settings import Settings
+from services.settings import METRICS_VARIABLE, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +45,20 @@ def run_api(name: str, listener: socket.socket, redis_url: str, settings: Settin
 
     Raises:
         services.rewards.UnknownReward: there is no such reward.
-        StartError: the application does not start, or Redis was never reached or lets it not in.
+        StartError: the application does not start, its folder for metrics cannot be made, or Redis was never reached or
+            lets it not in.
     """
     return_freed_memory()
     reward = create_reward(name, settings.reward_options)
     if "torch" in sys.modules:
         logger.warning("%s brings torch into its API, which has no use for it: import it in warmup instead", name)
+    if settings.metrics_folder is not None:
+        try:
+            settings.metrics_folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StartError(
+                f"{METRICS_VARIABLE}: {settings.metrics_folder} cannot be made ({error.strerror})"
+            ) from error
     keys = Keys(reward.name, reward.version)
 
     @contextlib.asynccontextmanager

@@ -86,6 +86,14 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def command_line(pid: int) -> bytes:
+    """The command line of a process, with a zero byte after each part; empty where it has gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def random_images(*shape: int, seed: int = 0) -> NDArray[np.uint8]:
     """Noise, uint8."""
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
@@ -121,11 +129,7 @@ class Process:
 
     def children(self, role: bytes) -> list[int]:
         """Its processes of a role, such as `worker`."""
-        return [
-            pid
-            for pid in descendants(self._popen.pid)
-            if f"\0{role.decode()}\0".encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
+        return [pid for pid in descendants(self._popen.pid) if f"\0{role.decode()}\0".encode() in command_line(pid)]
 
     def close_stdin(self) -> None:
         """What a parent's death does."""

@@ -1,9 +1,12 @@
 """Several API processes of one reward behind one port: whichever is asked, it is one service."""
 
 import asyncio
+import functools
 import os
 import re
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +14,12 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from services import supervisor
 from services.folders import LOCK_NAME
 from services.images import encode_batch
+from services.processes import StartError
 from services.rewards.brightness import Brightness
-from services.supervisor import MEMORY_ROOT, METRICS_PREFIX
+from services.supervisor import METRICS_PREFIX
 from tests.services.conftest import Process, descendants, is_alive, random_images, wait_until, wait_until_async
 from tests.services.serving import SAFETENSORS
 
@@ -27,9 +32,14 @@ REQUESTS = 16
 pytestmark = [pytest.mark.redis, pytest.mark.anyio]
 
 
-def folders() -> set[Path]:
-    """Where services count together."""
-    return set(MEMORY_ROOT.glob(f"{METRICS_PREFIX}*"))
+def folder_of(process: Process) -> Path:
+    """Where its API processes count together."""
+    variables = Path(f"/proc/{process.children(b'api')[0]}/environ").read_text().split("\0")
+    (name,) = (text.partition("=")[2] for text in variables if text.startswith("PROMETHEUS_MULTIPROC_DIR="))
+    folder = Path(name).parent
+    assert folder.name.startswith(METRICS_PREFIX)
+    assert (folder / LOCK_NAME).exists()
+    return folder
 
 
 def score(url: str, key: str | None = None) -> httpx.Response:
@@ -58,7 +68,6 @@ def processes_that_answered(process: Process) -> set[int]:
 
 def test_two_processes_are_one_service(start: Start) -> None:
     """Requests come to both, one key has one answer, and each tells what both have counted."""
-    before = folders()
     process = start(*SERVE, "brightness", "--verbose", **TWO)
     url = process.url()
     assert len(process.children(b"api")) == 2
@@ -69,9 +78,10 @@ def test_two_processes_are_one_service(start: Start) -> None:
     assert processes_that_answered(process) == set(process.children(b"api"))
     seen = [counts(url) for _ in range(12)]
     assert seen == 12 * [{"reward_requests_total": 40, "reward_images_total": 63, "reward_request_images_count": 40}]
+    folder = folder_of(process)
     process.close_stdin()
     assert process.wait() == 0
-    assert folders() == before
+    assert not folder.exists()
 
 
 def test_a_process_that_dies_is_started_again_and_no_count_falls(start: Start) -> None:
@@ -80,12 +90,19 @@ def test_a_process_that_dies_is_started_again_and_no_count_falls(start: Start) -
     url = process.url()
     for _ in range(10):
         score(url)
-    for pid in process.children(b"api"):
+    first = set(process.children(b"api"))
+
+    def are_new(count: int) -> bool:
+        return len(set(process.children(b"api")) - first) == count
+
+    for number, pid in enumerate(first, start=1):
         os.kill(pid, signal.SIGKILL)
         for _ in range(10):
             score(url)
-        wait_until(lambda: len(process.children(b"api")) == 2)
-    assert counts(url)["reward_requests_total"] == 30
+        wait_until(functools.partial(are_new, number))
+    assert [counts(url)["reward_requests_total"] for _ in range(8)] == 8 * [30]
+    process.close_stdin()
+    assert process.wait() == 0
 
 
 async def test_requests_in_hand_are_answered_when_all_are_told_to_stop(start: Start) -> None:
@@ -96,7 +113,7 @@ async def test_requests_in_hand_are_answered_when_all_are_told_to_stop(start: St
 
         async def is_in_hand() -> bool:
             text = (await client.get(f"{url}/metrics")).text
-            return 3 * REQUESTS == sum(map(float, re.findall(r"^reward_queue_images\{.*\} (.+)$", text, re.MULTILINE)))
+            return sum(map(float, re.findall(r"^reward_queue_images\{.*\} (.+)$", text, re.MULTILINE))) == 3 * REQUESTS
 
         request = {"content": encode_batch(IMAGES_BHWC), "headers": SAFETENSORS}
         asking = asyncio.gather(*(client.post(f"{url}/score", **request) for _ in range(REQUESTS)))
@@ -108,11 +125,10 @@ async def test_requests_in_hand_are_answered_when_all_are_told_to_stop(start: St
 
 
 def test_what_a_killed_service_leaves_the_next_one_removes(start: Start) -> None:
-    """SIGKILL leaves the folder of its metrics, and nothing else."""
-    before = folders()
+    """SIGKILL leaves the folder of its metrics."""
     process = start(*SERVE, "brightness", **TWO)
     process.announced()
-    (left,) = folders() - before
+    left = folder_of(process)
     pids = descendants(process.pid)
     process.send(signal.SIGKILL)
     process.wait()
@@ -123,7 +139,6 @@ def test_what_a_killed_service_leaves_the_next_one_removes(start: Start) -> None
     assert not left.exists()
     second.close_stdin()
     assert second.wait() == 0
-    assert folders() == before
 
 
 def test_a_reward_that_brings_torch_into_its_api_is_told(start: Start) -> None:
@@ -131,3 +146,37 @@ def test_a_reward_that_brings_torch_into_its_api_is_told(start: Start) -> None:
     process = start(*SERVE, "tests.services.heavy:Heavy")
     process.announced()
     assert "tests.services.heavy:Heavy brings torch into its API" in process.errors()
+    light = start(*SERVE, "mini-clip")
+    light.announced()
+    assert "brings torch" not in light.errors()
+
+
+def test_a_folder_that_is_removed_under_a_service_costs_its_sums_alone(start: Start) -> None:
+    """As systemd does with what a user who has logged out left in memory (RemoveIPC)."""
+    process = start(*SERVE, "brightness", **TWO)
+    url = process.url()
+    shutil.rmtree(folder_of(process))
+    score(url)
+    assert counts(url)["reward_requests_total"] in {0.0, 1.0}
+    for pid in process.children(b"api"):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: len(process.children(b"api")) == 2)
+    score(url)
+    assert [counts(url)["reward_requests_total"] for _ in range(8)] == 8 * [1]
+    process.close_stdin()
+    assert process.wait() == 0
+
+
+def test_without_room_in_memory_it_counts_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where there is none either, it is said what is missing where."""
+    monkeypatch.setattr(supervisor, "MEMORY_ROOT", tmp_path / "none")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with supervisor._metrics_folder() as folder:
+        assert folder.path.parent == tmp_path
+        assert folder.path.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(supervisor, "METRICS_SPARE_BYTES", 2**62)
+    wrong = (
+        f"no folder for metrics \\({tmp_path}/none: No such file or directory; {tmp_path} has \\d+ bytes left, needs"
+    )
+    with pytest.raises(StartError, match=wrong):
+        supervisor._metrics_folder()

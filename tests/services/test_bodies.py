@@ -121,7 +121,7 @@ async def test_who_announces_much_and_sends_nothing_takes_no_room() -> None:
 async def test_what_has_arrived_is_booked_until_it_is_answered() -> None:
     """With 250 of 400 bytes here a second body is refused, by what it announces and by what it sends; then there is
     room again."""
-    tight = SETTINGS.model_copy(update={"queue_bytes": 400})
+    tight = SETTINGS.model_copy(update={"queue_bytes": 400, "max_body_bytes": 400})
     first = Stalling(BODY, 250)
     async with serving(FakeQueue(), tight) as client:
         upload = asyncio.create_task(client.post("/score", content=first, headers=announced(len(BODY))))
@@ -158,7 +158,7 @@ async def test_decoded_pixels_are_booked_too() -> None:
 @pytest.mark.parametrize("first", [0, 100])
 async def test_a_silent_upload_is_ended(first: int) -> None:
     """408 after `upload_stall_s`, long before the deadline, and the connection with it; its room is given back."""
-    impatient = SETTINGS.model_copy(update={"upload_stall_s": 0.05, "queue_bytes": 400})
+    impatient = SETTINGS.model_copy(update={"upload_stall_s": 0.05, "queue_bytes": 400, "max_body_bytes": 400})
     body = Stalling(BODY, first)
     async with serving(FakeQueue(), impatient) as client:
         answer = await client.post("/score", content=body, headers=announced(len(BODY)))

@@ -43,7 +43,9 @@ def test_connections_are_spread_over_the_sockets_of_an_address() -> None:
         for number, listener in enumerate(listeners):
             selector.register(listener, selectors.EVENT_READ, number)
         while sum(counts) < len(callers):
-            for key, _ in selector.select(timeout=10):
+            events = selector.select(timeout=10)
+            assert events
+            for key, _ in events:
                 listeners[key.data].accept()[0].close()
                 counts[key.data] += 1
     for connection in (*callers, *listeners):
@@ -61,4 +63,17 @@ def test_an_address_in_use_is_refused_however_many_share_it(first: int, second: 
     for listener in listeners:
         listener.close()
     for listener in bind_several("127.0.0.1", port, second):  # nothing of either is left
+        listener.close()
+
+
+def test_a_name_is_looked_up_once_for_all_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has several addresses gives another each time."""
+    addresses = iter(("127.0.0.2", "127.0.0.3"))
+    monkeypatch.setattr(
+        "socket.getaddrinfo",
+        lambda _, port, **__: [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (next(addresses), port))],
+    )
+    listeners = bind_several("several.example", 0, 3)
+    assert {listener.getsockname()[0] for listener in listeners} == {"127.0.0.2"}
+    for listener in listeners:
         listener.close()

@@ -20,9 +20,9 @@ from redis import Redis
 from services.batching.keys import Keys
 from services.batching.streams import GROUP
 from services.client import RewardClient, RewardRefused, ScoreResult
+from services.folders import LOCK_NAME
 from services.images import encode_batch
 from services.protocol import MEDIA_SAFETENSORS
-from services.folders import LOCK_NAME
 from services.redis_server import DIRECTORY_PREFIX, RedisMissing, RedisServer, find_redis
 from services.rewards.brightness import Brightness
 from tests.services.conftest import ROOT, Process, descendants, is_alive, random_images, wait_until

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from services.settings import Settings, SettingsError, load_settings, variable_of
+from services.settings import Settings, counting_in, load_settings, variable_of
 from tests.services.conftest import ROOT
 
 
@@ -28,8 +28,16 @@ def test_api_processes_share_the_bound_of_what_they_hold() -> None:
     assert of == {1: 2**26, 2: 2**25, 4: 2**25}
 
 
-def test_a_folder_of_metrics_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the variable, which is prometheus-client's."""
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "none"))
-    with pytest.raises(SettingsError, match=r"^PROMETHEUS_MULTIPROC_DIR: "):
-        load_settings()
+def test_an_api_counts_where_it_is_told_to_and_nowhere_else() -> None:
+    """prometheus-client reads its variable in small letters, too; what the user set is for others."""
+    environment = {"prometheus_multiproc_dir": "/theirs", "PROMETHEUS_MULTIPROC_DIR": "/theirs", "HOME": "/home"}
+    assert counting_in(None, environment) == {"HOME": "/home"}
+    assert counting_in(Path("/ours"), environment) == {"HOME": "/home", "PROMETHEUS_MULTIPROC_DIR": "/ours"}
+
+
+def test_the_folder_of_metrics_goes_by_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A METRICS_FOLDER is somebody else's."""
+    monkeypatch.setenv("METRICS_FOLDER", "/theirs")
+    assert load_settings().metrics_folder is None
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/ours")
+    assert load_settings().metrics_folder == Path("/ours")
