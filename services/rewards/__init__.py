@@ -6,11 +6,12 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from services.rewards.anyone import UnfitReward, complete
-from services.rewards.base import Reward
 from services.rewards.options import RewardOptions
+
+if TYPE_CHECKING:
+    from services.rewards.base import Reward
 
 REWARDS = {
     "brightness": "services.rewards.brightness:Brightness",
@@ -74,7 +75,7 @@ def check_names(names: Sequence[str]) -> None:
             raise UnknownReward(f"reward {name!r} is given twice: give each once")
 
 
-def create_reward(name: str, options: RewardOptions = UNTOLD) -> Reward:
+def create_reward(name: str, options: RewardOptions = UNTOLD) -> "Reward":
     """Create a reward by its name, or by `module:Class` for one that lives elsewhere.
 
     Args:
@@ -88,6 +89,8 @@ def create_reward(name: str, options: RewardOptions = UNTOLD) -> Reward:
     Raises:
         UnknownReward: the name is not known or cannot be imported, or what it names is no reward.
     """
+    from services.rewards.anyone import UnfitReward, complete  # noqa: PLC0415 - numpy, which who only names has no use for
+
     target = _target_of(name)
     module_name, _, class_name = target.partition(":")
     try:

@@ -92,17 +92,17 @@ def test_it_is_served_on_the_cpu_end_to_end(
 
     settings = ON_A_CPU | environment(weights[layout], head) | {"REDIS_URL": redis_url}
     vectors, texts = by_hand(model, pictures)
+    service = start("serve", "clip", "aesthetic", "--port", "0", "--announce", **settings)
+    urls = service.announced()["rewards"]
     for name, prompts, expected, bound in (
         ("clip", PROMPTS, (vectors * texts).sum(dim=1).numpy(), 2e-3),
         ("aesthetic", None, load_head(head)(vectors), 0.05),
     ):
-        service = start("serve", name, "--port", "0", "--announce", **settings)
-        url = service.announced()["rewards"][name]
-        answer = score(url, pictures, prompts)
+        answer = score(urls[name], pictures, prompts)
         assert answer.scores == pytest.approx(expected, abs=bound)
-        alone = score(url, pictures[:1], None if prompts is None else prompts[:1])
+        alone = score(urls[name], pictures[:1], None if prompts is None else prompts[:1])
         assert alone.scores == pytest.approx(answer.scores[:1], rel=0, abs=1e-5)
         assert answer.reward == name
         assert MODEL in answer.version
-        service.send(signal.SIGTERM)
-        assert service.wait() == 0
+    service.send(signal.SIGTERM)
+    assert service.wait() == 0

@@ -39,6 +39,8 @@ KEYS = ROOT / "tests" / "golden" / "state_dict_keys.json"
 FEW_SCALES = (1, 2, 3, 4)
 IN_FULL = ("old-picture-d16",)
 """The d16 recipes whose pictures have all ten scales on the CPU, which takes minutes; more can be added."""
+IN_WIDTH = ("aesthetic-d16",)
+"""Those that have all of the transformer, but four scales; the others have two blocks as well."""
 LABEL, STEPS, GROUP_SIZE, GRID_ROWS = 499, 2, 2, 4
 ON_THE_CPU = {"run.device": "cpu", "run.dtype": "float32"}
 IN_BFLOAT16 = {"run.device": "cpu", "rollout.labels": "2", "optim.minibatch": "4"}
@@ -283,10 +285,17 @@ def test_a_d16_recipe_runs_in_full_on_the_cpu(recipe: str, train: Train, d16: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [name for name in recipes("d16") if name not in IN_FULL])
-def test_a_d16_recipe_runs_on_the_cpu(recipe: str, train: Train, coarse_d16: Pair) -> None:
+@pytest.mark.parametrize("recipe", IN_WIDTH)
+def test_a_d16_recipe_runs_in_width_on_the_cpu(recipe: str, train: Train, coarse_d16: Pair) -> None:
     """All of the transformer, on pictures of few tokens."""
     check_run(train(recipe, coarse_d16, ON_THE_CPU), recipe, coarse_d16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [name for name in recipes("d16") if name not in (*IN_FULL, *IN_WIDTH)])
+def test_a_d16_recipe_runs_small_on_the_cpu(recipe: str, train: Train, small: Pair) -> None:
+    """Its own settings, by a transformer of two blocks."""
+    check_run(train(recipe, small, ON_THE_CPU), recipe, small)
 
 
 @pytest.mark.slow
