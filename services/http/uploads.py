@@ -111,8 +111,9 @@ async def read_body(
     held.check(length or 0)
     body, memory, size = bytearray(), buffer(length) if buffer and length else None, 0
     now_s = asyncio.get_running_loop().time
+    stalls_s = now_s() + patience.stall_s
     try:
-        async with asyncio.timeout_at(min(patience.gives_up_s, now_s() + patience.stall_s)) as timer:
+        async with asyncio.timeout_at(min(patience.gives_up_s, stalls_s)) as timer:
             async for chunk in request.stream():
                 start, size = size, size + len(chunk)
                 if length is None and size > limit:
@@ -126,9 +127,10 @@ async def read_body(
                 else:
                     memory[start:size] = chunk
                 if chunk:
-                    timer.reschedule(min(patience.gives_up_s, now_s() + patience.stall_s))
-    except TimeoutError:
-        raise _too_slow(size, patience, in_time=now_s() < patience.gives_up_s) from None
+                    stalls_s = now_s() + patience.stall_s
+                    timer.reschedule(min(patience.gives_up_s, stalls_s))
+    except TimeoutError:  # perhaps a millisecond early: uvloop's clock and timers have whole ones
+        raise _too_slow(size, patience, in_time=stalls_s < patience.gives_up_s) from None
     except ClientDisconnect:
         raise ProblemError("client-gone", "the client left") from None
     if length is not None and size != length:

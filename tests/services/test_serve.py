@@ -286,6 +286,16 @@ def test_two_hundred_callers_at_once_are_all_answered(start: Start) -> None:
     assert set(asyncio.run(burst())) == {200}
 
 
+def test_a_deadline_that_passes_is_never_called_a_pause(start: Start) -> None:
+    """The event loop's timers may be a millisecond early, so that the clock says that a deadline is still to come."""
+    process = start(*SERVE, "brightness")
+    url, body = process.url(), encode_batch(random_images(12, 64, 64, 3))
+    headers = {"Content-Type": MEDIA_SAFETENSORS, "X-Deadline-Ms": "1"}
+    with httpx.Client(timeout=30) as client:
+        statuses = {client.post(f"{url}/score", content=body, headers=headers).status_code for _ in range(300)}
+    assert statuses <= {200, 504}
+
+
 def test_anothers_lock_does_not_hold_up_the_start(tmp_path: Path) -> None:
     """A pipe in the place of a lock is not waited for."""
     folder = Path(tempfile.gettempdir()) / f"{DIRECTORY_PREFIX}odd"
