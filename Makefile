@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export PYTHONUNBUFFERED := 1
 
-.PHONY: run test test-slow test-compose test-k8s images reproduce drill bench bench-gpu bench-peers lint format lock clean
+.PHONY: run test test-slow test-long test-compose test-k8s images reproduce drill bench bench-gpu bench-peers lint format lock clean
 
 run: $(VENV)/.ready
 	$(BIN)/python -m trainer.run
@@ -14,11 +14,15 @@ run: $(VENV)/.ready
 PAIR := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 test: $(VENV)/.ready .cache/checkov/.ready
-	$(PAIR) -m "not slow and not drill and not gpu"
+	$(PAIR) -m "not slow and not long and not drill and not gpu"
 
 test-slow: $(VENV)/.ready
 	$(PAIR) -m "slow and not alone and not drill and not gpu"
 	$(BIN)/python -m pytest -q -m "(drill or (slow and alone)) and not gpu"
+
+# Every d16 recipe in full on the CPU, all ten scales; some minutes each.
+test-long: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -m "long and not gpu"
 
 # The real thing, where there is a container engine.
 test-compose: $(VENV)/.ready

@@ -44,6 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     api.add_argument("name", metavar="NAME")
     api.add_argument("--port", type=int, default=8000, help="0: a free one")
     api.add_argument("--fd", type=int, help=argparse.SUPPRESS)
+    api.add_argument("--metrics-folder", type=Path, help=argparse.SUPPRESS)
     worker = roles.add_parser("worker", parents=[common], help="the scoring side of one reward")
     worker.add_argument("name", metavar="NAME")
     dead = roles.add_parser("dead", help="show the jobs that no worker answered")
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
         return _list_rewards()
     from services.logs import start_logging  # noqa: PLC0415 - see the module
     from services.rewards import check_names  # noqa: PLC0415
-    from services.settings import load_settings  # noqa: PLC0415
+    from services.settings import count_in, load_settings  # noqa: PLC0415
 
     settings = load_settings(redis_url=options.redis_url)
     start_logging(quiet=options.announce and not options.verbose, file=options.log_file, form=settings.log_format)
@@ -105,10 +106,14 @@ def run(options: argparse.Namespace) -> int:
         from services.roles.worker import run_worker  # noqa: PLC0415
 
         return run_worker(options.name, redis_url, settings, announces=options.announce)
+    folder: Path | None = options.metrics_folder
+    count_in(folder)
+    from services.http.service import ALONE, Group  # noqa: PLC0415
     from services.roles.api import run_api  # noqa: PLC0415
 
+    group = ALONE if folder is None else Group(settings.api_processes, folder)
     with bind(options.host, options.port) if options.fd is None else inherit(options.fd) as listener:
-        return run_api(options.name, listener, redis_url, settings, announces=options.announce)
+        return run_api(options.name, listener, redis_url, settings, group, announces=options.announce)
 
 
 def _list_rewards() -> int:

@@ -16,7 +16,7 @@ from services.batching.errors import QueueAway
 from services.http.metrics import CONTENT_TYPE
 from services.http.openapi import describe
 from services.http.problems import ProblemError, answer_errors_as_problems
-from services.http.service import Queue, ScoreService
+from services.http.service import ALONE, Group, Queue, ScoreService
 from services.protocol import Info, Readiness
 from services.rewards.base import Reward
 from services.settings import Settings
@@ -32,6 +32,7 @@ def create_app(
     reward: Reward,
     settings: Settings,
     open_queue: Callable[[], contextlib.AbstractAsyncContextManager[Queue]],
+    group: Group = ALONE,
 ) -> FastAPI:
     """Create the application of one reward.
 
@@ -39,6 +40,7 @@ def create_app(
         reward: describes itself; its `score` is never called here.
         settings: limits, token, deadlines.
         open_queue: opens the batch queue for the life of the application.
+        group: the API processes that this is one of.
 
     Returns:
         The ASGI application; its `state.service` is the `ScoreService` while it runs.
@@ -54,7 +56,7 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with open_queue() as queue:
-            app.state.service = ScoreService(reward, settings, queue)
+            app.state.service = ScoreService(reward, settings, queue, group)
             yield
 
     app = App(title=document["info"]["title"], version=reward.version, lifespan=lifespan)

@@ -22,7 +22,9 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 class Child:
     """One process: `python -m services ROLE NAME …`."""
 
-    def __init__(self, role: str, name: str, arguments: Sequence[str], environment: dict[str, str], fd: int | None):
+    def __init__(
+        self, role: str, name: str, arguments: Sequence[str], environment: dict[str, str], fd: int | None, *, label: str
+    ) -> None:
         """Describe it; nothing is started yet.
 
         Args:
@@ -31,10 +33,11 @@ class Child:
             arguments: further ones.
             environment: its environment.
             fd: a descriptor that it inherits.
+            label: what it is called in the log.
         """
         self.role = role
         self.name = name
-        self.label = f"{role} {name}"
+        self.label = label
         self.is_ready = asyncio.Event()
         self._command = [sys.executable, "-m", "services", role, name, "--announce", "--parent", str(os.getpid())]
         self._command += arguments

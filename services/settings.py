@@ -1,6 +1,6 @@
 """Settings of the services: the one place here that reads the environment.
 
-Every variable begins with `REWARD_`, but for `REDIS_URL` and `PROMETHEUS_MULTIPROC_DIR`, which others share.
+Every variable begins with `REWARD_`, but for `REDIS_URL`, which others share.
 """
 
 import os
@@ -19,7 +19,7 @@ from services.rewards.sources import parse_source
 
 PREFIX = "REWARD_"
 METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-"""Named by prometheus-client, which reads it as well."""
+"""Where prometheus-client counts, if it is set when that is imported."""
 DEFAULTS = RewardOptions()
 
 
@@ -52,11 +52,6 @@ class Settings(BaseSettings):
 
     api_processes: int = Field(
         default=1, ge=1, le=64, description="API processes that `serve` starts for a reward, behind its one port"
-    )
-    metrics_folder: Path | None = Field(
-        default=None,
-        validation_alias=METRICS_VARIABLE,
-        description="where the API processes of one reward count together; `serve` sets it",
     )
     upload_stall_s: float = Field(default=10, gt=0, description="silence in an upload after which it is ended")
     answer_ttl_s: float = Field(
@@ -125,10 +120,9 @@ class Settings(BaseSettings):
             runtime=Runtime(self.device, self.precision, self.compile, self.max_batch, self.cache_dir),
         )
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the requests in work in one API process: its part of the queue's bound, and at least one body."""
-        return max(self.max_body_bytes, self.queue_bytes // self.api_processes)
+    def held_bytes(self, processes: int) -> int:
+        """Bytes of requests that one of so many API processes holds: its part of the bound, and one body at least."""
+        return max(self.max_body_bytes, self.queue_bytes // processes)
 
     @property
     def images_per_job(self) -> int:
@@ -189,20 +183,24 @@ def environment_of_children(redis_url: str) -> dict[str, str]:
     return {f"{PREFIX}SHARED_MEMORY": "true", **os.environ, "REDIS_URL": redis_url}
 
 
-def counting_in(folder: Path | None, environment: dict[str, str]) -> dict[str, str]:
-    """The environment of an API that counts together with others in a folder, or by itself, whatever it was before."""
-    rest = {name: value for name, value in environment.items() if name.upper() != METRICS_VARIABLE}
-    return rest if folder is None else {**rest, METRICS_VARIABLE: str(folder)}
+def count_in(folder: Path | None) -> None:
+    """Have prometheus-client, which is still to be imported, count in a folder with others, or in this process alone.
 
+    What the user's own variable says is for other programs.
 
-def variable_of(name: str) -> str:
-    """The variable that a setting is read from."""
-    return {"redis_url": "REDIS_URL", "metrics_folder": METRICS_VARIABLE}.get(name, f"{PREFIX}{name}".upper())
+    Raises:
+        OSError: the folder is not there and cannot be made.
+    """
+    for name in [name for name in os.environ if name.upper() == METRICS_VARIABLE]:
+        del os.environ[name]
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ[METRICS_VARIABLE] = str(folder)
 
 
 def variables() -> list[str]:
     """The names of all variables, in the order of the settings."""
-    return [variable_of(name) for name in Settings.model_fields]
+    return ["REDIS_URL" if name == "redis_url" else f"{PREFIX}{name}".upper() for name in Settings.model_fields]
 
 
 def _refuse_unknown() -> None:
@@ -237,7 +235,7 @@ def load_settings(*, redis_url: str | None = None) -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field, words = str(first["loc"][0]) if first["loc"] else "", first["msg"].removeprefix("Value error, ")
-        name = field if field == METRICS_VARIABLE else variable_of(field.lower())
+        name = "REDIS_URL" if field.lower() == "redis_url" else f"{PREFIX}{field}".upper()
         raise SettingsError(f"{name}: {words}" if field else words) from None
 
 

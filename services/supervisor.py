@@ -18,7 +18,7 @@ from services.children import Child
 from services.folders import OwnFolder
 from services.processes import EXIT_INTERRUPTED, StartError, announce, bind_several, stop_on_signals, url_of
 from services.redis_server import RedisServer
-from services.settings import counting_in, environment_of_children
+from services.settings import environment_of_children
 
 logger = logging.getLogger(__name__)
 
@@ -132,14 +132,14 @@ def _children(
     if options.verbose:
         shared.append("--verbose")
     children, environment = [], environment_of_children(redis_url)
-    for number, (name, group) in enumerate(zip(options.names, listeners, strict=True)):
-        folder = None if metrics is None else metrics / str(number)
-        if folder is not None:
-            folder.mkdir()
-        of_api = counting_in(folder, environment)
-        for fd in (listener.fileno() for listener in group):
-            children.append(Child("api", name, [*shared, "--fd", str(fd)], of_api, fd))
-        children.append(Child("worker", name, shared, environment, None))
+    for place, (name, group) in enumerate(zip(options.names, listeners, strict=True)):
+        for number, fd in enumerate((listener.fileno() for listener in group), start=1):
+            arguments, label = [*shared, "--fd", str(fd)], f"api {name}"
+            if metrics is not None:
+                arguments += ["--metrics-folder", str(metrics / str(place))]
+                label += f" ({number} of {len(group)})"
+            children.append(Child("api", name, arguments, environment, fd, label=label))
+        children.append(Child("worker", name, shared, environment, None, label=f"worker {name}"))
     return children
 
 

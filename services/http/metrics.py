@@ -4,10 +4,17 @@ API processes behind one port count together, in files of a folder that each of 
 answer is the same, and no count falls back when one of them is started again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
@@ -21,6 +28,8 @@ that scored one of its images, and all of it."""
 SECONDS_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 LABELS = ("reward", "version")
 
+disable_created_metrics()  # type: ignore[no-untyped-call] # which several processes do not tell
+
 
 class Metrics:
     """The metrics of one application."""
@@ -31,8 +40,8 @@ class Metrics:
         Args:
             reward: its name.
             version: its version.
-            folder: where the processes of this reward count together (prometheus-client's `PROMETHEUS_MULTIPROC_DIR`,
-                which must have been set when that was imported); None where there is but one.
+            folder: where the processes of this reward count together, after `services.settings.count_in`; None where
+                there is but one.
         """
         self._values = (reward, version)
         self._folder = folder
@@ -74,23 +83,27 @@ class Metrics:
         Args:
             survey: the queue now; None where it cannot be seen, and then nothing is said of it.
         """
-        registry = self._registry
-        if self._folder is not None and self._folder.is_dir():  # where someone removed it, each counts by itself
-            registry = CollectorRegistry()
-            MultiProcessCollector(registry, str(self._folder))  # type: ignore[no-untyped-call]
-        return generate_latest(_Snapshot(registry, survey, self._values))
+        return generate_latest(_Snapshot(self._requests_so_far(), survey, self._values))
+
+    def _requests_so_far(self) -> Iterable[Metric]:
+        """What was counted here, or in the files of all processes; where someone removed the folder, here again."""
+        if self._folder is None or not self._folder.is_dir():
+            return self._registry.collect()
+        files = [str(path) for path in self._folder.glob("*.db") if path.stat().st_size]  # 0: it is just being made
+        merged: Iterable[Metric] = MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
+        return merged
 
 
 class _Snapshot(Collector):
     """The metrics at one moment."""
 
-    def __init__(self, registry: CollectorRegistry, survey: Survey | None, values: tuple[str, str]) -> None:
-        self._registry = registry
+    def __init__(self, requests: Iterable[Metric], survey: Survey | None, values: tuple[str, str]) -> None:
+        self._requests = requests
         self._survey = survey
         self._values = values
 
     def collect(self) -> Iterator[Metric]:
-        yield from self._registry.collect()
+        yield from self._requests
         if self._survey is not None:
             yield from self._gauges(self._survey)
             yield from self._counters(self._survey)

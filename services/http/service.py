@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from fastapi import Request
@@ -67,26 +68,43 @@ class Answer:
     replayed: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The API processes behind one port.
+
+    Attributes:
+        processes: how many share the cores and the bounds.
+        metrics_folder: where they count together; None where there is but one, which counts by itself.
+    """
+
+    processes: int = 1
+    metrics_folder: Path | None = None
+
+
+ALONE = Group()
+
+
 class ScoreService:
     """Answers the requests of one reward through its queue."""
 
-    def __init__(self, reward: Reward, settings: Settings, queue: Queue) -> None:
+    def __init__(self, reward: Reward, settings: Settings, queue: Queue, group: Group = ALONE) -> None:
         """Bind reward, settings and queue.
 
         Args:
             reward: describes itself; its `score` is never called here.
             settings: limits, token, deadlines.
             queue: open.
+            group: the API processes that this is one of.
         """
         self.settings = settings
         self.queue = queue
-        self.metrics = Metrics(reward.name, reward.version, settings.metrics_folder)
+        self.metrics = Metrics(reward.name, reward.version, group.metrics_folder)
         self.draining = False
         self._limits = settings.limits
-        self._turns = Turns(max(1, len(os.sched_getaffinity(0)) // settings.api_processes))
+        self._turns = Turns(max(1, len(os.sched_getaffinity(0)) // group.processes))
         self._token = settings.token.get_secret_value().encode() if settings.token else None
         self._retry_after = {protocol.HEADER_RETRY_AFTER: str(settings.retry_after_s)}
-        self._held = HeldBytes(settings.held_bytes, headers=self._retry_after)
+        self._held = HeldBytes(settings.held_bytes(group.processes), headers=self._retry_after)
         self._areas = Areas(enabled=settings.shared_memory)
         self.info = info_of(reward, settings.limits)
 

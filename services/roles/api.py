@@ -18,10 +18,11 @@ from services.batching.keys import Keys
 from services.batching.streams import connect
 from services.batching.submit import SubmitQueue
 from services.http.connection import patient_protocol
+from services.http.service import Group
 from services.processes import EXIT_INTERRUPTED, StartError, announce, return_freed_memory, spare_what_stays, url_of
 from services.rewards import create_reward
 from services.roles.contact import reach
-from services.settings import METRICS_VARIABLE, Settings
+from services.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,9 @@ API_GRACE_S = 30
 STARTED_POLL_S = 0.005
 
 
-def run_api(name: str, listener: socket.socket, redis_url: str, settings: Settings, *, announces: bool) -> int:
+def run_api(
+    name: str, listener: socket.socket, redis_url: str, settings: Settings, group: Group, *, announces: bool
+) -> int:
     """Serve one reward over HTTP until a signal comes.
 
     Args:
@@ -38,6 +41,7 @@ def run_api(name: str, listener: socket.socket, redis_url: str, settings: Settin
         listener: a listening socket.
         redis_url: where the queue lives.
         settings: limits, token, deadlines.
+        group: the API processes that this is one of.
         announces: whether to print the address as JSON on stdout once requests are taken.
 
     Returns:
@@ -45,20 +49,12 @@ def run_api(name: str, listener: socket.socket, redis_url: str, settings: Settin
 
     Raises:
         services.rewards.UnknownReward: there is no such reward.
-        StartError: the application does not start, its folder for metrics cannot be made, or Redis was never reached or
-            lets it not in.
+        StartError: the application does not start, or Redis was never reached or lets it not in.
     """
     return_freed_memory()
     reward = create_reward(name, settings.reward_options)
     if "torch" in sys.modules:
         logger.warning("%s brings torch into its API, which has no use for it: import it in warmup instead", name)
-    if settings.metrics_folder is not None:
-        try:
-            settings.metrics_folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StartError(
-                f"{METRICS_VARIABLE}: {settings.metrics_folder} cannot be made ({error.strerror})"
-            ) from error
     keys = Keys(reward.name, reward.version)
 
     @contextlib.asynccontextmanager
@@ -78,7 +74,7 @@ def run_api(name: str, listener: socket.socket, redis_url: str, settings: Settin
         finally:
             await redis.aclose()
 
-    app = create_app(reward, settings, open_queue)
+    app = create_app(reward, settings, open_queue, group)
     config = uvicorn.Config(
         app,
         log_config=None,

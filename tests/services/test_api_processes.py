@@ -20,7 +20,15 @@ from services.images import encode_batch
 from services.processes import StartError
 from services.rewards.brightness import Brightness
 from services.supervisor import METRICS_PREFIX
-from tests.services.conftest import Process, descendants, is_alive, random_images, wait_until, wait_until_async
+from tests.services.conftest import (
+    Process,
+    command_line,
+    descendants,
+    is_alive,
+    random_images,
+    wait_until,
+    wait_until_async,
+)
 from tests.services.serving import SAFETENSORS
 
 Start = Callable[..., Process]
@@ -34,9 +42,8 @@ pytestmark = [pytest.mark.redis, pytest.mark.anyio]
 
 def folder_of(process: Process) -> Path:
     """Where its API processes count together."""
-    variables = Path(f"/proc/{process.children(b'api')[0]}/environ").read_text().split("\0")
-    (name,) = (text.partition("=")[2] for text in variables if text.startswith("PROMETHEUS_MULTIPROC_DIR="))
-    folder = Path(name).parent
+    arguments = command_line(process.children(b"api")[0]).decode().split("\0")
+    folder = Path(arguments[arguments.index("--metrics-folder") + 1]).parent
     assert folder.name.startswith(METRICS_PREFIX)
     assert (folder / LOCK_NAME).exists()
     return folder
@@ -163,6 +170,17 @@ def test_a_folder_that_is_removed_under_a_service_costs_its_sums_alone(start: St
     wait_until(lambda: len(process.children(b"api")) == 2)
     score(url)
     assert [counts(url)["reward_images_total"] for _ in range(8)] == 8 * [3]
+    process.close_stdin()
+    assert process.wait() == 0
+
+
+def test_a_file_that_is_just_being_made_spoils_no_metrics(start: Start) -> None:
+    """It is empty for some microseconds, or for ever where its process was killed just then."""
+    process = start(*SERVE, "brightness", PROMETHEUS_MULTIPROC_DIR="/nowhere", **TWO)
+    url = process.url()
+    (folder_of(process) / "0" / "counter_1.db").touch()
+    score(url)
+    assert counts(url)["reward_images_total"] == 3
     process.close_stdin()
     assert process.wait() == 0
 

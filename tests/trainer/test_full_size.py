@@ -37,10 +37,8 @@ from trainer.options import load_config, recipe_names
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = ROOT / "tests" / "golden" / "state_dict_keys.json"
 FEW_SCALES = (1, 2, 3, 4)
-IN_FULL = ("old-picture-d16",)
-"""The d16 recipes whose pictures have all ten scales on the CPU, which takes minutes; more can be added."""
 IN_WIDTH = ("aesthetic-d16",)
-"""Those that have all of the transformer, but four scales; the others have two blocks as well."""
+"""The d16 recipes that `make test-slow` runs with all of the transformer, on four scales; the others by two blocks."""
 LABEL, STEPS, GROUP_SIZE, GRID_ROWS = 499, 2, 2, 4
 ON_THE_CPU = {"run.device": "cpu", "run.dtype": "float32"}
 IN_BFLOAT16 = {"run.device": "cpu", "rollout.labels": "2", "optim.minibatch": "4"}
@@ -274,8 +272,8 @@ def official(name: str) -> dict[str, torch.Size]:
     return {key: torch.Size(shape) for key, shape in entries.items() if isinstance(shape, list)}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", IN_FULL)
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", recipes("d16"))
 def test_a_d16_recipe_runs_in_full_on_the_cpu(recipe: str, train: Train, d16: Pair) -> None:
     """Two steps of two images of 256×256; what is written has the names and shapes of the published file."""
     folder = train(recipe, d16, ON_THE_CPU)
@@ -292,7 +290,7 @@ def test_a_d16_recipe_runs_in_width_on_the_cpu(recipe: str, train: Train, coarse
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [name for name in recipes("d16") if name not in (*IN_FULL, *IN_WIDTH)])
+@pytest.mark.parametrize("recipe", [name for name in recipes("d16") if name not in IN_WIDTH])
 def test_a_d16_recipe_runs_small_on_the_cpu(recipe: str, train: Train, small: Pair) -> None:
     """Its own settings, by a transformer of two blocks."""
     check_run(train(recipe, small, ON_THE_CPU), recipe, small)
