@@ -20,7 +20,7 @@ test-slow: $(VENV)/.ready
 	$(PAIR) -m "slow and not alone and not drill and not gpu"
 	$(BIN)/python -m pytest -q -m "(drill or (slow and alone)) and not gpu"
 
-# Every d16 recipe in full on the CPU, all ten scales; some minutes each.
+# Every full-size recipe on the CPU, those of d16 with all ten scales; some minutes each.
 test-long: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -m "long and not gpu"
 
