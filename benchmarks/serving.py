@@ -171,7 +171,7 @@ def main() -> int:
     parser.add_argument(
         "--contenders",
         default="",
-        help="some of bare, bare-fast, ours, ours-plain and the peers, with commas",
+        help="some of bare,bare-fast,ours,ours-plain,litserve,bentoml,rayserve; all by default",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
