@@ -44,6 +44,7 @@ reproduce: $(VENV)/.ready  # which gives each run its share of the cores
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.train_step --model mini
 	$(BIN)/python -m benchmarks.step_ratios
+	$(BIN)/python -m benchmarks.step_forecast --model d16
 	$(BIN)/python -m benchmarks.overlap
 	$(BIN)/python -m benchmarks.idle_latency
 	$(BIN)/python -m benchmarks.serving

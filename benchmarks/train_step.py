@@ -130,15 +130,20 @@ def make_config(options: argparse.Namespace, minibatch: int) -> Config:
     )
 
 
-def make_learner(options: argparse.Namespace, config: Config, device: torch.device, clock: Clock) -> Learner:
-    """Policy, reference and optimizer with weights made by formula."""
-    var_config, vqvae_config = model_configs(options.model)
+def make_models(name: str, device: torch.device) -> tuple[VAR, VQVAE]:
+    """Transformer and tokenizer of a name of `model_configs`, without the encoder, which a step never uses."""
+    var_config, vqvae_config = model_configs(name)
     with device:
         var, vqvae = VAR(var_config).eval(), VQVAE(vqvae_config).eval().requires_grad_(False)
-    fill(var)
-    fill(vqvae)
-    vqvae.encoder.cpu()  # never used here
-    classes, autocast = tuple(range(var_config.num_classes)), make_autocast(device, config.run.dtype)
+    del vqvae.encoder
+    return var, vqvae
+
+
+def make_learner(
+    var: VAR, vqvae: VQVAE, options: argparse.Namespace, config: Config, device: torch.device, clock: Clock
+) -> Learner:
+    """Policy, reference and optimizer of these models."""
+    classes, autocast = tuple(range(var.config.num_classes)), make_autocast(device, config.run.dtype)
     policy = TimedPolicy(var, vqvae, classes, autocast, decode_dtype=getattr(torch, config.run.decode_dtype))
     TimedPolicy.clock = TimedAdamW.clock = clock
     reference = replace(policy, var=deepcopy(var).requires_grad_(False))
@@ -200,7 +205,10 @@ def peak_memory(device: torch.device) -> float:
 def measure(options: argparse.Namespace, minibatch: int, device: torch.device) -> dict[str, Any]:
     """Medians over the steps of one reading of "minibatch 32"."""
     clock, config = Clock(device), make_config(options, minibatch)
-    learner = make_learner(options, config, device, clock)
+    models = make_models(options.model, device)
+    for model in models:
+        fill(model)
+    learner = make_learner(*models, options, config, device, clock)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     taken: list[dict[str, float]] = []
@@ -256,26 +264,42 @@ def report(options: argparse.Namespace, rows: Sequence[dict[str, Any]], about: d
     )
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options, checked."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
+def size_options() -> argparse.ArgumentParser:
+    """What a step is of: a parent for other parsers; `check_sizes` checks it."""
+    parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--model", choices=("mini", "d16", "d20", "d24", "d30"), default="mini")
     parser.add_argument("--images", type=int, default=64, help="images a step, groups of 16")
-    parser.add_argument("--minibatch", type=int, nargs="+", default=[4, 32], help="images an update, each measured")
+    parser.add_argument("--minibatch", type=int, nargs="+", default=[4, 32], help="images an update, each by itself")
     parser.add_argument("--micro-batch", type=int, default=32, help="images a forward")
     parser.add_argument("--chunk", type=int, default=64, help="images sampled at once")
+    parser.add_argument("--recompute", action="store_true", help="keep no activations of a block")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser
+
+
+def check_sizes(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with an error where the images of a step are no whole groups and minibatches."""
+    sizes = (options.images, *options.minibatch, options.micro_batch, options.chunk)
+    if min(sizes) < 1 or options.images % GROUP_SIZE or any(options.images % each for each in options.minibatch):
+        parser.error(f"--images is {options.images}; it must be a multiple of {GROUP_SIZE} and of each --minibatch")
+    if options.chunk % GROUP_SIZE:
+        parser.error(f"--chunk is {options.chunk}; it must be a multiple of {GROUP_SIZE}, the images of a group")
+    options.chunk = min(options.chunk, options.images)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train_step", description=__doc__, parents=[size_options()]
+    )
     parser.add_argument("--reward", choices=("free", "vit-l-14"), default="free")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
-    parser.add_argument("--recompute", action="store_true", help="keep no activations of a block")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--warm-up", type=int, default=1)
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    options.chunk = min(options.chunk, options.images)
-    if options.images % GROUP_SIZE or any(options.images % each for each in options.minibatch):
-        parser.error(f"--images is {options.images}; it must be a multiple of {GROUP_SIZE} and of each --minibatch")
+    check_sizes(parser, options)
     if options.steps < 1 or options.warm_up < 0:
         parser.error(f"--steps is {options.steps}, --warm-up {options.warm_up}: at least 1 and 0")
     return options

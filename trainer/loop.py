@@ -79,7 +79,7 @@ def train_step(learner: Learner, submit: Submit, config: Config, step: int) -> M
                 blocking=rollout.blocking,
             )
         with phases("reference"), torch.no_grad():  # while the scores are on their way
-            reference_bL = _reference_log_probs(learner, experience.conditions_B, experience.tokens_BL, config)
+            reference_bL = reference_log_probs(learner, experience.conditions_B, experience.tokens_BL, config)
         with phases("judge"):
             accuracy = learner.judge(images_bHW3, experience.conditions_B.cpu().numpy()) if learner.judge else None
         with phases("score"):
@@ -119,8 +119,15 @@ def advantages(scored: Scored, config: Config) -> Tensor:
     return torch.stack(list(each)).sum(dim=0)
 
 
-def _reference_log_probs(learner: Learner, conditions_B: Tensor, tokens_BL: Tensor, config: Config) -> Tensor:
-    """Those of the reference, or nothing, (b, 0), where there is none."""
+def reference_log_probs(learner: Learner, conditions_B: Tensor, tokens_BL: Tensor, config: Config) -> Tensor:
+    """Log-probabilities under the reference, chunk by chunk: float32 (B, L), or (B, 0) where there is none.
+
+    Args:
+        learner: its reference is read.
+        conditions_B: (B, …), what was sampled for.
+        tokens_BL: int64 (B, L), what was sampled.
+        config: its `rollout` has the chunk and the temperature.
+    """
     reference = learner.reference
     if reference is None:
         return tokens_BL.new_empty(len(tokens_BL), 0, dtype=torch.float32)

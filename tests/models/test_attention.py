@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from trainer.models.attention import attend_by_scale, attend_masked, part_ends
+from trainer.models.attention import attend_by_scale, attend_masked, normalised, part_ends
 from trainer.models.var import PATCH_NUMS_256, PATCH_NUMS_512, VAR, VARConfig
 
 
@@ -54,3 +55,39 @@ def test_the_transformer_gives_the_same_logits() -> None:
         fast_BLV = var(labels_B, input_BLmC)
         var.skip_masked = False
         torch.testing.assert_close(fast_BLV, var(labels_B, input_BLmC), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 0.004)])
+@pytest.mark.parametrize("has_length", [True, False])
+def test_vectors_are_normalised_as_a_copy_in_float32_would_be(
+    dtype: torch.dtype, bound: float, has_length: bool
+) -> None:
+    """Values and gradients, by the norm of their error, against the plain way in float64; bfloat16 rounds to 2^-9."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2, 3, 50, 64, generator=generator).to(dtype)
+    weight_BHlc = torch.randn(2, 3, 50, 64, generator=generator).to(dtype)
+    lengths = 1 + 4 * torch.rand(1, 3, 1, 1, generator=generator) if has_length else None
+    found: list[list[Tensor]] = []
+    for wide in (False, True):
+        x = (inputs.double() if wide else inputs.clone()).requires_grad_()
+        length = None if lengths is None else (lengths.double() if wide else lengths.clone()).requires_grad_()
+        if wide:
+            y = normalize(x, dim=-1) if length is None else normalize(x, dim=-1) * length
+        else:
+            y = normalised(x, length)
+            assert y.dtype == dtype
+        y.backward(weight_BHlc.to(y.dtype))
+        found.append([y.detach(), *(leaf.grad for leaf in (x, length) if leaf is not None and leaf.grad is not None)])
+    assert len(found[0]) == 2 + has_length
+    for narrow, exact in zip(*found, strict=True):
+        assert float((narrow.double() - exact).norm() / exact.norm()) < bound
+
+
+def test_a_vector_of_zeros_stays_one() -> None:
+    """And its gradient is a number."""
+    x = torch.zeros(1, 1, 2, 4, requires_grad=True)
+    y = normalised(x, torch.full((1, 1, 1, 1), 4.0))
+    y.sum().backward()
+    assert not y.any()
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()

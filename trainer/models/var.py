@@ -369,4 +369,4 @@ class VAR(nn.Module):
 
 
 def _norm(x_BlC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
-    return F.layer_norm(x_BlC, x_BlC.shape[-1:], eps=NORM_EPS) * (1 + scale_B1C) + shift_B1C
+    return torch.addcmul(shift_B1C, F.layer_norm(x_BlC, x_BlC.shape[-1:], eps=NORM_EPS), 1 + scale_B1C)

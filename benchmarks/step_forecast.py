@@ -1,0 +1,250 @@
+"""What a training step takes of a GPU that is not at hand: `python -m benchmarks.step_forecast --model d30`.
+
+The step's own code runs on tensors that have a shape and no numbers (torch's FakeTensorMode), so that nothing is
+computed, and a step of d30 takes a minute on any machine. By phase it tells
+
+- the peak of the bytes that tensors hold, each rounded up to 512 as torch's allocator on a GPU does: to be compared
+  with `torch.cuda.max_memory_allocated`. Not in it: the CUDA context and workspaces of libraries, below 1 GB together,
+  and what the allocator cannot use because it lies in pieces;
+- operators, each at least one kernel where nothing is compiled, but for those on lists of tensors, which are fewer;
+- the bytes that they read and write, and their floating-point operations;
+- the least seconds: of each operator the longer of its bytes at the memory's bandwidth and its operations at the
+  matmul peak (the roofline of Williams, Waterman and Patterson, 2009), those of an H200 unless told otherwise.
+
+That is a step without `torch.compile`, which joins operators and so moves fewer bytes. A number that the step asked a
+tensor for would make a GPU wait; here it raises `DataDependentOutputException`.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from benchmarks.train_step import (
+    PAPER,
+    Clock,
+    check_sizes,
+    make_config,
+    make_learner,
+    make_models,
+    size_options,
+)
+from trainer import machine
+from trainer.config import Config
+from trainer.loop import Learner, reference_log_probs
+from trainer.update import Batch, Updates, minibatches
+
+PAGE_BYTES = 512  # what torch's allocator rounds to
+H200_TFLOPS, H200_TERABYTES = 989.0, 4.8  # dense bfloat16 and HBM3e a second, of NVIDIA's data sheet
+WITHOUT_WORK = ("_unsafe_view", "detach", "device", "empty", "empty_like", "empty_strided", "new_empty")
+"""Operators besides views that read and write nothing."""
+
+
+@dataclass
+class Taken:
+    """What a phase takes.
+
+    Attributes:
+        began_bytes: held when it first began, weights and all.
+        peak_bytes: held at once at the most.
+        operators: that do work.
+        moved_bytes: read and written by them.
+        flop: of matrix products, attention and convolutions.
+        least_s: seconds that they take at the least.
+    """
+
+    began_bytes: int = 0
+    peak_bytes: int = 0
+    operators: int = 0
+    moved_bytes: int = 0
+    flop: int = 0
+    least_s: float = 0.0
+
+
+class Ledger(TorchDispatchMode):
+    """Counts what operators take, phase by phase.
+
+    Args:
+        flops: of the device, a second.
+        bandwidth: of its memory, bytes a second.
+    """
+
+    def __init__(self, flops: float, bandwidth: float) -> None:
+        super().__init__()
+        self._flops, self._bandwidth = flops, bandwidth
+        self._held: dict[int, int] = {}  # bytes of each storage
+        self._bytes = 0
+        self._phase = Taken()
+        self.phases: dict[str, Taken] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the block for a phase; it may come again."""
+        before, self._phase = self._phase, self.phases.setdefault(name, Taken(began_bytes=self._bytes))
+        self._phase.peak_bytes = max(self._phase.peak_bytes, self._bytes)
+        yield
+        self._phase = before
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator, and write down what it took."""
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.device.type != "meta"]
+        for tensor in made:
+            self._hold(tensor)
+        if not function.is_view and function.overloadpacket.__name__ not in WITHOUT_WORK:
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            moved = sum(_bytes_of(tensor) for tensor in (*given, *made))
+            count = flop_registry.get(function.overloadpacket)
+            flop = count(*args, **kwargs, out_val=result) if count else 0
+            phase = self._phase
+            phase.operators += 1
+            phase.moved_bytes += moved
+            phase.flop += flop
+            phase.least_s += max(moved / self._bandwidth, flop / self._flops)
+        return result
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, -(-storage.nbytes() // PAGE_BYTES) * PAGE_BYTES
+        if key in self._held:
+            return
+        self._held[key] = size
+        self._bytes += size
+        self._phase.peak_bytes = max(self._phase.peak_bytes, self._bytes)
+        weakref.finalize(storage, self._let_go, key)
+
+    def _let_go(self, key: int) -> None:
+        self._bytes -= self._held.pop(key)
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    """Bytes that are read of a tensor, one that is expanded counted once."""
+    return int(min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()))
+
+
+def forecast(options: argparse.Namespace, minibatch: int) -> dict[str, Taken]:
+    """What the phases of a step take once the optimizer has its moments.
+
+    Args:
+        options: of `parse`.
+        minibatch: images an update.
+
+    Raises:
+        DataDependentOutputException: the step asked a tensor for its numbers.
+    """
+    device, config = torch.device("cpu"), make_config(options, minibatch)
+    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)  # deepcopy looks at it
+    with FakeTensorMode(allow_non_fake_inputs=True), Ledger(options.tflops * 1e12, options.terabytes * 1e12) as ledger:
+        models = make_models(options.model, device)
+        learner = make_learner(*models, options, config, device, Clock(device))
+        _take_step(learner, ledger, options, config, updates=1)  # which makes the moments
+        ledger.phases.clear()
+        _take_step(learner, ledger, options, config, updates=options.images // minibatch)
+    return ledger.phases
+
+
+def _take_step(learner: Learner, ledger: Ledger, options: argparse.Namespace, config: Config, updates: int) -> None:
+    """A step as `trainer.loop.train_step` takes it, but for what happens on the CPU, up to some of its updates."""
+    policy, temperature = learner.policy, config.rollout.temperature
+    parts = []
+    # "meta", for they come from elsewhere, and where they are here their range would be looked at.
+    for conditions_B in torch.zeros(options.images, dtype=torch.long, device="meta").split(options.chunk):
+        with ledger.phase("sample"):
+            uniforms_BL = torch.empty(len(conditions_B), policy.length, device="meta")
+            rollout = policy.sample(conditions_B, temperature=temperature, uniforms_BL=uniforms_BL)
+        with ledger.phase("decode"):
+            policy.decode(rollout)
+        parts.append((conditions_B.to(policy.device), rollout.tokens_BL, rollout.log_probs_BL))
+    del rollout
+    experience = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    with ledger.phase("reference"), torch.no_grad():
+        reference_BL = reference_log_probs(learner, *experience[:2], config)
+    batch = Batch(*experience, reference_BL, torch.zeros(options.images))
+    made = Updates(policy, learner.optimizer, learner.group, config)
+    with ledger.phase("optimise"):
+        for rows_B in minibatches(options.images, config.optim.minibatch, config.run.seed, step=0)[:updates]:
+            made.make(batch, rows_B, step=0)
+        learner.optimizer.zero_grad(set_to_none=True)
+
+
+def report(options: argparse.Namespace, minibatch: int, phases: dict[str, Taken]) -> None:
+    """What a person reads."""
+    updates, images = options.images // minibatch, options.images
+    table = Table(
+        title=f"{options.model}: {images} images a step, {updates} updates of {minibatch}, {options.dtype}",
+        title_justify="left",
+    )
+    for column in ("", "peak GB", "operators", "GB moved", "TFLOP", "least s"):
+        table.add_column(column, justify="right" if column else "left")
+    whole = Taken(
+        next(iter(phases.values())).began_bytes,
+        max(each.peak_bytes for each in phases.values()),
+        *(sum(getattr(each, name) for each in phases.values()) for name in ("operators", "moved_bytes", "flop")),
+        sum(each.least_s for each in phases.values()),
+    )
+    for name, each in (*phases.items(), ("step", whole)):
+        table.add_row(
+            name,
+            f"{each.peak_bytes / 1e9:.1f}",
+            f"{each.operators:,}",
+            f"{each.moved_bytes / 1e9:,.0f}",
+            f"{each.flop / 1e12:.1f}",
+            f"{each.least_s:.3f}",
+        )
+    console = Console(highlight=False, width=100)
+    console.print(table)
+    rate, paper = images / whole.least_s, PAPER.get(options.model)
+    beside = f", the paper's on an H100 {paper}" if paper else ""
+    console.print(f"At most {rate:.0f} images/s where nothing is compiled{beside}.")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step_forecast",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[size_options()],
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--tflops", type=float, default=H200_TFLOPS, help="matmul peak of the GPU, TFLOP/s")
+    parser.add_argument("--terabytes", type=float, default=H200_TERABYTES, help="bandwidth of its memory, TB/s")
+    options = parser.parse_args(arguments)
+    check_sizes(parser, options)
+    if not (options.tflops > 0 and options.terabytes > 0):
+        parser.error(f"--tflops is {options.tflops}, --terabytes {options.terabytes}; both must be above 0")
+    options.compile = False
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a table for each reading of the minibatch, and write the numbers where they are asked for."""
+    options = parse(arguments)
+    found = {}
+    for minibatch in options.minibatch:
+        found[minibatch] = forecast(options, minibatch)
+        report(options, minibatch, found[minibatch])
+    if options.json is not None:
+        rows = {minibatch: {name: asdict(each) for name, each in phases.items()} for minibatch, phases in found.items()}
+        about = {"date": machine.today(), "commit": machine.commit(), "torch": torch.__version__}
+        options.json.write_text(json.dumps(about | {"options": vars(options) | {"json": None}, "rows": rows}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
