@@ -62,7 +62,10 @@ def test_the_transformer_gives_the_same_logits() -> None:
 def test_vectors_are_normalised_as_a_copy_in_float32_would_be(
     dtype: torch.dtype, bound: float, has_length: bool
 ) -> None:
-    """Values and gradients, by the norm of their error, against the plain way in float64; bfloat16 rounds to 2^-9."""
+    """Values and gradients, by the norm of their error, against the plain way in float64; bfloat16 rounds to 2^-9.
+
+    The gradient of a length is a sum in which most of the vectors' cancels, so that its error is larger.
+    """
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(2, 3, 50, 64, generator=generator).to(dtype)
     weight_BHlc = torch.randn(2, 3, 50, 64, generator=generator).to(dtype)
@@ -79,8 +82,8 @@ def test_vectors_are_normalised_as_a_copy_in_float32_would_be(
         y.backward(weight_BHlc.to(y.dtype))
         found.append([y.detach(), *(leaf.grad for leaf in (x, length) if leaf is not None and leaf.grad is not None)])
     assert len(found[0]) == 2 + has_length
-    for narrow, exact in zip(*found, strict=True):
-        assert float((narrow.double() - exact).norm() / exact.norm()) < bound
+    for narrow, exact, times in zip(*found, (1, 1, 4), strict=False):
+        assert float((narrow.double() - exact).norm() / exact.norm()) < times * bound
 
 
 def test_a_vector_of_zeros_stays_one() -> None:
