@@ -16,6 +16,7 @@ from trainer.pictures import save_grid
 from trainer.report.charts import COLOURS, Chart, Dots, Line, draw
 from trainer.report.files import FileError
 from trainer.report.grids import column_names, make_gallery, make_strips, read_grids
+from trainer.report.page import Report, render
 from trainer.report.runs import Run, Summary, group_runs, read_metrics
 from trainer.report.series import POINTS, block_of, group_series
 from trainer.report.settings_table import command_of, settings_of
@@ -37,6 +38,8 @@ def test_runs_are_grouped_by_their_settings(tmp_path: Path) -> None:
     assert [group.name for group in groups] == ["made (beta 0.1)", "made (beta 0.2)"]
     assert [run.name for run in groups[0].runs] == ["b", "d", "a"]
     assert [groups[0].label(run) for run in groups[0].runs] == ["seed 0 (b)", "seed 0 (d)", "seed 1"]
+    assert (groups[0].seeds, groups[1].seeds) == (2, 1)
+    assert render(Report("runs", runs, [], [])).count("<br><small>of 2 seeds</small></td>") == 1
     (alone,) = group_runs(runs[2:3])
     assert alone.name == "made"
     begun = [made_run(tmp_path / f"e-{seed}", "", run={"seed": seed, "name": f"e-seed-{seed}"}) for seed in (0, 1)]

@@ -117,6 +117,11 @@ class Group:
         """Those that are."""
         return tuple(run for run in self.runs if run.summary is not None)
 
+    @property
+    def seeds(self) -> int:
+        """How many there are: fewer than runs where some were taken twice, or a folder was copied."""
+        return len({run.seed for run in self.runs})
+
     def label(self, run: Run) -> str:
         """`seed 0`, with the folder's name where two runs have that seed."""
         is_twice = sum(other.seed == run.seed for other in self.runs) > 1
