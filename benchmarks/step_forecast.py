@@ -1,22 +1,26 @@
 """What a training step takes of a GPU that is not at hand: `python -m benchmarks.step_forecast --model d30`.
 
-The step's own code runs on tensors that have a shape and no numbers (torch's FakeTensorMode), so that nothing is
-computed, and a step of d30 takes a minute on any machine. By phase it tells
+The step's own code runs on tensors that have a shape and no numbers (torch's FakeTensorMode) and are said to be on a
+CPU, so that nothing is computed, and some minutes of any machine will do. By phase it tells
 
 - the peak of the bytes that tensors hold, each rounded up to 512 as torch's allocator on a GPU does: to be compared
   with `torch.cuda.max_memory_allocated`. Not in it: the CUDA context and workspaces of libraries, below 1 GB together,
-  and what the allocator cannot use because it lies in pieces;
-- operators, each at least one kernel where nothing is compiled, but for those on lists of tensors, which are fewer;
+  what kernels of a GPU use for themselves, and what the allocator cannot use because it lies in pieces;
+- operators, each at least one kernel where nothing is compiled; gradients are clipped one by one on a CPU, some 1.4
+  operators a parameter that a GPU does in a few;
 - the bytes that they read and write, and their floating-point operations;
 - the least seconds: of each operator the longer of its bytes at the memory's bandwidth and its operations at the
-  matmul peak (the roofline of Williams, Waterman and Patterson, 2009), those of an H200 unless told otherwise.
+  matmul peak (the roofline of Williams, Waterman and Patterson, 2009), those of an H200 unless told otherwise; as if
+  nothing were found in a cache.
 
-That is a step without `torch.compile`, which joins operators and so moves fewer bytes. A number that the step asked a
-tensor for would make a GPU wait; here it raises `DataDependentOutputException`.
+That is a step without `torch.compile`, which joins operators and so moves fewer bytes. Sampling, decoding, the
+reference and the updates must ask no tensor for a number, which would make a GPU wait: here it raises
+`DataDependentOutputException`. Copies to the CPU are not noticed, and the end of a step, which does wait, is left out.
 """
 
 import argparse
 import json
+import math
 import sys
 import warnings
 import weakref
@@ -52,6 +56,9 @@ PAGE_BYTES = 512  # what torch's allocator rounds to
 H200_TFLOPS, H200_TERABYTES = 989.0, 4.8  # dense bfloat16 and HBM3e a second, of NVIDIA's data sheet
 WITHOUT_WORK = ("_unsafe_view", "detach", "device", "empty", "empty_like", "empty_strided", "new_empty")
 """Operators besides views that read and write nothing."""
+ONLY_WRITE = ("copy_", "fill_", "zero_", "full_like", "ones_like", "zeros_like", "new_full", "new_ones", "new_zeros")
+"""Operators that do not read their first argument."""
+UNWRITTEN = {"_fused_adamw_": "grads"}  # but where they are scaled, which they are not here
 
 
 @dataclass
@@ -96,19 +103,22 @@ class Ledger(TorchDispatchMode):
         """Count the block for a phase; it may come again."""
         before, self._phase = self._phase, self.phases.setdefault(name, Taken(began_bytes=self._bytes))
         self._phase.peak_bytes = max(self._phase.peak_bytes, self._bytes)
-        yield
-        self._phase = before
+        try:
+            yield
+        finally:
+            self._phase = before
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, and write down what it took."""
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.device.type != "meta"]
+        made = [tensor for tensor in _tensors(result) if tensor.device.type != "meta"]
         for tensor in made:
             self._hold(tensor)
         if not function.is_view and function.overloadpacket.__name__ not in WITHOUT_WORK:
-            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            moved = sum(_bytes_of(tensor) for tensor in (*given, *made))
+            moved = sum(
+                map(_bytes_of, (*_read(function, args, kwargs), *made, *_changed(function, args, kwargs, made)))
+            )
             count = flop_registry.get(function.overloadpacket)
             flop = count(*args, **kwargs, out_val=result) if count else 0
             phase = self._phase
@@ -126,14 +136,36 @@ class Ledger(TorchDispatchMode):
         self._held[key] = size
         self._bytes += size
         self._phase.peak_bytes = max(self._phase.peak_bytes, self._bytes)
-        weakref.finalize(storage, self._let_go, key)
+        weakref.finalize(storage, self._let_go, key).atexit = False
 
     def _let_go(self, key: int) -> None:
         self._bytes -= self._held.pop(key)
 
 
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _read(function: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that an operator reads."""
+    is_unread = function.overloadpacket.__name__ in ONLY_WRITE
+    return _tensors((args[1:] if is_unread else args, kwargs))
+
+
+def _changed(function: Any, args: Any, kwargs: Any, made: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors that an operator changes and does not return, as those on lists of tensors do."""
+    unwritten = UNWRITTEN.get(function.overloadpacket.__name__)
+    arguments = function._schema.arguments
+    named = [*zip(arguments, args, strict=False), *((each, kwargs.get(each.name)) for each in arguments[len(args) :])]
+    changed = [
+        value for each, value in named if each.alias_info and each.alias_info.is_write and each.name != unwritten
+    ]
+    returned = {tensor.untyped_storage()._cdata for tensor in made}
+    return [tensor for tensor in _tensors(changed) if tensor.untyped_storage()._cdata not in returned]
+
+
 def _bytes_of(tensor: Tensor) -> int:
-    """Bytes that are read of a tensor, one that is expanded counted once."""
+    """Bytes that are read or written of a tensor, one that is expanded counted once."""
     return int(min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()))
 
 
@@ -148,8 +180,9 @@ def forecast(options: argparse.Namespace, minibatch: int) -> dict[str, Taken]:
         DataDependentOutputException: the step asked a tensor for its numbers.
     """
     device, config = torch.device("cpu"), make_config(options, minibatch)
-    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)  # deepcopy looks at it
-    with FakeTensorMode(allow_non_fake_inputs=True), Ledger(options.tflops * 1e12, options.terabytes * 1e12) as ledger:
+    ledger = Ledger(options.tflops * 1e12, options.terabytes * 1e12)
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), ledger:
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)  # by deepcopy
         models = make_models(options.model, device)
         learner = make_learner(*models, options, config, device, Clock(device))
         _take_step(learner, ledger, options, config, updates=1)  # which makes the moments
@@ -185,8 +218,9 @@ def _take_step(learner: Learner, ledger: Ledger, options: argparse.Namespace, co
 def report(options: argparse.Namespace, minibatch: int, phases: dict[str, Taken]) -> None:
     """What a person reads."""
     updates, images = options.images // minibatch, options.images
+    way = f"{updates} update{'s' * (updates > 1)} of {minibatch}"
     table = Table(
-        title=f"{options.model}: {images} images a step, {updates} updates of {minibatch}, {options.dtype}",
+        title=f"{options.model}: {images} images a step, {way}, {options.dtype}",
         title_justify="left",
     )
     for column in ("", "peak GB", "operators", "GB moved", "TFLOP", "least s"):
@@ -200,17 +234,17 @@ def report(options: argparse.Namespace, minibatch: int, phases: dict[str, Taken]
     for name, each in (*phases.items(), ("step", whole)):
         table.add_row(
             name,
-            f"{each.peak_bytes / 1e9:.1f}",
+            f"{each.peak_bytes / 1e9:.{1 if each.peak_bytes > 1e10 else 3}f}",
             f"{each.operators:,}",
-            f"{each.moved_bytes / 1e9:,.0f}",
-            f"{each.flop / 1e12:.1f}",
-            f"{each.least_s:.3f}",
+            f"{each.moved_bytes / 1e9:,.{0 if each.moved_bytes > 1e11 else 2}f}",
+            f"{each.flop / 1e12:.{1 if each.flop > 1e13 else 3}f}",
+            f"{each.least_s:.{3 if each.least_s > 0.01 else 5}f}",
         )
     console = Console(highlight=False, width=100)
     console.print(table)
     rate, paper = images / whole.least_s, PAPER.get(options.model)
     beside = f", the paper's on an H100 {paper}" if paper else ""
-    console.print(f"At most {rate:.0f} images/s where nothing is compiled{beside}.")
+    console.print(f"At most {rate:,.0f} images/s where nothing is compiled and nothing is in a cache{beside}.")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -226,8 +260,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--terabytes", type=float, default=H200_TERABYTES, help="bandwidth of its memory, TB/s")
     options = parser.parse_args(arguments)
     check_sizes(parser, options)
-    if not (options.tflops > 0 and options.terabytes > 0):
-        parser.error(f"--tflops is {options.tflops}, --terabytes {options.terabytes}; both must be above 0")
+    if not (0 < options.tflops < math.inf and 0 < options.terabytes < math.inf):
+        parser.error(
+            f"--tflops is {options.tflops}, --terabytes {options.terabytes}; both must be above 0, and numbers"
+        )
     options.compile = False
     return options
 

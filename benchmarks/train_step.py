@@ -53,6 +53,7 @@ from trainer.var_policy import VarPolicy
 PAPER = {"d16": 44.4, "d30": 17.8}
 """Images a second on each of 8 H100, from the hours that the paper gives for 40,000 steps of 512 images."""
 GROUP_SIZE = 16
+MOST_IMAGES = 65_536
 PHASES = ("sample", "decode", "reference", "score", "optimise", "update")
 
 
@@ -278,12 +279,19 @@ def size_options() -> argparse.ArgumentParser:
 
 
 def check_sizes(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """End with an error where the images of a step are no whole groups and minibatches."""
-    sizes = (options.images, *options.minibatch, options.micro_batch, options.chunk)
-    if min(sizes) < 1 or options.images % GROUP_SIZE or any(options.images % each for each in options.minibatch):
+    """End with an error where the images of a step are no whole groups and minibatches, or FILE has no place."""
+    named = {"images": [options.images], "minibatch": options.minibatch, "chunk": [options.chunk]}
+    for name, values in (named | {"micro-batch": [options.micro_batch]}).items():
+        if not 1 <= min(values) <= max(values) <= MOST_IMAGES:
+            parser.error(f"--{name} is {', '.join(map(str, values))}; it must be from 1 to {MOST_IMAGES:,}")
+    if options.images % GROUP_SIZE or any(options.images % each for each in options.minibatch):
         parser.error(f"--images is {options.images}; it must be a multiple of {GROUP_SIZE} and of each --minibatch")
     if options.chunk % GROUP_SIZE:
         parser.error(f"--chunk is {options.chunk}; it must be a multiple of {GROUP_SIZE}, the images of a group")
+    if any(each % min(each, options.micro_batch) for each in options.minibatch):
+        parser.error(f"--micro-batch is {options.micro_batch}; it must divide each larger --minibatch")
+    if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
+        parser.error(f"--json is {options.json}; it must be a file in a folder that is there")
     options.chunk = min(options.chunk, options.images)
 
 

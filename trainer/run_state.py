@@ -93,9 +93,9 @@ def _restore_generators(tensors: Mapping[str, Tensor]) -> None:
 
 
 class Snapshot:
-    """A copy of weights and optimizer in the machine's memory, taken while a step samples, which changes neither.
+    """A copy of weights and optimizer in the machine's memory, taken between two steps.
 
-    On a GPU the copy runs beside the sampling; the first update of the step waits for it.
+    On a GPU the copy runs beside the next step's sampling, which changes neither; its first update waits for it.
 
     Attributes:
         step: steps that were done when it was taken; None while there is no whole one.

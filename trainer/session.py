@@ -80,6 +80,7 @@ class Session:
             self.interrupt.deferred(),
             MetricsLog(self.folder, self.config, self.console, self.step, self.group.leads) as log,
         ):
+            self._remember()
             while self.step < self.config.run.steps:
                 try:
                     self._take_step(log)
@@ -91,9 +92,6 @@ class Session:
     def _take_step(self, log: MetricsLog) -> None:
         """One step, and whatever is due after it."""
         began_s = time.perf_counter()
-        if self._snapshot is not None:
-            with self._writing:
-                self._snapshot.take(self.step)
         try:
             metrics = train_step(self.learner, self.scorer.submit, self.config, self.step)
         except RankLost:
@@ -105,6 +103,7 @@ class Session:
         self.step += 1
         self.seconds += time.perf_counter() - began_s
         self._reward = metrics["reward"]
+        self._remember()  # before anything that waits for another rank, which may be gone
         with self.group.together():
             if self.group.leads:
                 log.write(self.step, metrics)
@@ -124,6 +123,12 @@ class Session:
                 self._evaluate("between", self.step)
         elif done or (config.run.grid_every and not self.step % config.run.grid_every):
             self._draw_grid()
+
+    def _remember(self) -> None:
+        """Copy what a rescue would save, as it is after the steps so far; on the first rank."""
+        if self._snapshot is not None:
+            with self._writing:
+                self._snapshot.take(self.step)
 
     @contextmanager
     def _saved(self) -> Iterator[None]:

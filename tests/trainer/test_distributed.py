@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from tests.services.conftest import wait_until
 from tests.trainer.conftest import ROOT, Run, alone
-from tests.trainer.test_run import lines, trains
+from tests.trainer.test_run import RunHere, lines, trains
 from trainer.config import ConfigError
+from trainer.distributed import Group, RankLost
 from trainer.options import load_config
 
 Start = Callable[..., Run]
@@ -153,6 +154,28 @@ def test_a_frozen_rank_costs_no_finished_step(start: Start, recipe: Path) -> Non
     done = metrics(folder)[-1]["step"]
     assert f"rank 1 is gone; rank 0 ends; the state after step {done} is saved; go on with: torchrun" in line
     assert (folder / "states" / f"step_{done:08d}").is_dir()
+
+
+@pytest.mark.redis
+def test_a_rank_that_is_lost_after_a_step_costs_none(
+    run_here: RunHere, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is in the metrics, and its state is saved, though the ranks never came to agree what to do next."""
+    asked = 0
+
+    def lost(self: Group, mine: bool) -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            raise RankLost("rank 1 is gone")
+        return mine
+
+    monkeypatch.setattr(Group, "any", lost)
+    outcome = run_here(recipe, "--run.steps", "5", "--run.grid_every", "0", "--checkpoint.every", "100")
+    folder = recipe.parent / "runs" / "tiny"
+    assert outcome.code == 75
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 3]
+    assert "rank 1 is gone; the state after step 3 is saved" in " ".join(outcome.err.split())
 
 
 @pytest.mark.redis
