@@ -243,8 +243,8 @@ def report(options: argparse.Namespace, minibatch: int, phases: dict[str, Taken]
     console = Console(highlight=False, width=100)
     console.print(table)
     rate, paper = images / whole.least_s, PAPER.get(options.model)
-    beside = f", the paper's on an H100 {paper}" if paper else ""
-    console.print(f"At most {rate:,.0f} images/s where nothing is compiled and nothing is in a cache{beside}.")
+    beside = f"; the paper's on an H100: {paper}" if paper else ""
+    console.print(f"At most {rate:,.0f} images/s, with nothing compiled and nothing in a cache{beside}.")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -67,7 +67,7 @@ def test_d30_with_its_reference_fits_into_75_gb() -> None:
     options = step_forecast.parse(["--model", "d30", "--minibatch", "32", "--micro-batch", "8"])
     phases = step_forecast.forecast(options, 32)
     assert max(phases, key=lambda name: phases[name].peak_bytes) == "optimise"
-    assert 60e9 < phases["optimise"].peak_bytes < 63e9
+    assert 55e9 < phases["optimise"].peak_bytes < 60e9
     assert 46e9 < phases["sample"].peak_bytes < 49e9
 
 
@@ -89,7 +89,7 @@ def test_what_a_person_and_a_program_read(tmp_path: Path, capsys: pytest.Capture
     path = tmp_path / "forecast.json"
     assert step_forecast.main([*SIZES, "--json", str(path)]) == 0
     told = capsys.readouterr()
-    for word in ("sample", "decode", "reference", "optimise", "step", "images/s where nothing is compiled and"):
+    for word in ("sample", "decode", "reference", "optimise", "step", "images/s, with nothing compiled"):
         assert word in told.out
     assert told.err == ""
     assert set(json.loads(path.read_text())["rows"]["16"]) == {"sample", "decode", "reference", "optimise"}

@@ -3,9 +3,8 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from trainer.models.attention import attend_by_scale, attend_masked, normalised, part_ends
+from trainer.models.attention import attend_by_scale, attend_masked, part_ends
 from trainer.models.var import PATCH_NUMS_256, PATCH_NUMS_512, VAR, VARConfig
 
 
@@ -55,42 +54,3 @@ def test_the_transformer_gives_the_same_logits() -> None:
         fast_BLV = var(labels_B, input_BLmC)
         var.skip_masked = False
         torch.testing.assert_close(fast_BLV, var(labels_B, input_BLmC), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.002)])
-@pytest.mark.parametrize("has_length", [True, False])
-def test_vectors_are_normalised_as_a_copy_in_float32_would_be(
-    dtype: torch.dtype, bound: float, has_length: bool
-) -> None:
-    """Values and gradients, by the norm of their error, against the plain way in float64; bfloat16 rounds to 2^-9."""
-    generator = torch.Generator().manual_seed(0)
-    inputs_BHlc = torch.randn(2, 3, 50, 64, generator=generator).to(dtype)
-    # With a part along the vectors, so that a length's gradient is no sum in which everything cancels.
-    weight_BHlc = (torch.randn(2, 3, 50, 64, generator=generator) + inputs_BHlc).to(dtype)
-    rates_1H11 = torch.rand(1, 3, 1, 1, generator=generator).to(torch.promote_types(dtype, torch.float32))
-    lengths_1H11 = 1 + 4 * rates_1H11 if has_length else None
-    found: list[list[Tensor]] = []
-    for wide in (False, True):
-        x_BHlc = (inputs_BHlc.double() if wide else inputs_BHlc.clone()).requires_grad_()
-        length_1H11 = None if lengths_1H11 is None else lengths_1H11.double() if wide else lengths_1H11.clone()
-        leaves = [x_BHlc] if length_1H11 is None else [x_BHlc, length_1H11.requires_grad_()]
-        if wide:
-            y_BHlc = normalize(x_BHlc, dim=-1) * (1 if length_1H11 is None else length_1H11)
-        else:
-            y_BHlc = normalised(x_BHlc, length_1H11)
-            assert y_BHlc.dtype == dtype
-        y_BHlc.backward(weight_BHlc.to(y_BHlc.dtype))
-        found.append([y_BHlc.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
-    assert len(found[0]) == len(found[1]) == 2 + has_length
-    for narrow, exact in zip(*found, strict=True):
-        assert float((narrow.double() - exact).norm() / exact.norm()) < bound
-
-
-def test_vectors_of_zeros_stay_zeros() -> None:
-    """And their gradients are numbers."""
-    x_BHlc = torch.zeros(1, 1, 2, 4, requires_grad=True)
-    y_BHlc = normalised(x_BHlc, torch.full((1, 1, 1, 1), 4.0))
-    y_BHlc.sum().backward()
-    assert not y_BHlc.any()
-    assert x_BHlc.grad is not None
-    assert torch.isfinite(x_BHlc.grad).all()

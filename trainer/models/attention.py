@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.models.norms import normalised
+
 MAX_LOG_SCALE = math.log(100.0)  # the learned inverse temperature of normalised attention stays below 100
-LEAST_LENGTH = 1e-12  # that a vector is divided by
 LEADING_SHARE = 0.25
 """Scales that end within this share of all positions are attended to together, under a mask: they are too small to be
 worth a kernel each."""
@@ -86,47 +87,6 @@ def attend_by_scale(
             parts.append(F.scaled_dot_product_attention(q_BHlc, keys_BHec, values_BHec, scale=scale))
     # Positions before heads, as the projection that follows reads them: no copy is made of what is joined.
     return torch.cat([part.transpose(1, 2) for part in reversed(parts)], dim=1).transpose(1, 2)
-
-
-def normalised(x_BHlc: Tensor, length_1H11: Tensor | None = None) -> Tensor:
-    """Vectors brought to length 1, or to one for each head, in the dtype that they have.
-
-    Norms and factors are in float32 or wider on every device, where autocast would have it so on some. `F.normalize`
-    of a float32 copy is the plain twin, of which an update keeps such copies: a sixth of all that it keeps.
-
-    Args:
-        x_BHlc: (B, H, l, c); a vector shorter than `LEAST_LENGTH` is divided by that.
-        length_1H11: float32 (1, H, 1, 1).
-    """
-    return cast(Tensor, _Normalise.apply(x_BHlc, length_1H11))
-
-
-class _Normalise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BHlc: Tensor, length_1H11: Tensor | None) -> Tensor:
-        wide = torch.promote_types(x_BHlc.dtype, torch.float32)
-        norm_BHl1 = torch.linalg.vector_norm(x_BHlc, dim=-1, keepdim=True, dtype=wide).clamp_min_(LEAST_LENGTH)
-        ctx.save_for_backward(x_BHlc, norm_BHl1, length_1H11)
-        scaled_BHlc: Tensor = x_BHlc * _factor(norm_BHl1, length_1H11)
-        return scaled_BHlc.to(x_BHlc.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
-        """With u = x / ‖x‖ and a length s, d/dx = s / ‖x‖ · (g - u (u·g)) and d/ds = u·g, which is summed in float32.
-
-        The products g·x are in the dtype of g: a float32 copy of either would cost more than this rounding.
-        """
-        x_BHlc, norm_BHl1, length_1H11 = ctx.saved_tensors
-        gradient_BHlc = gradients[0]
-        along_BHl1 = (gradient_BHlc * x_BHlc).sum(dim=-1, keepdim=True, dtype=norm_BHl1.dtype) / norm_BHl1
-        factor_BHl1 = _factor(norm_BHl1, length_1H11)
-        radial_BHl1 = along_BHl1 * factor_BHl1 / norm_BHl1
-        gradient_x_BHlc = torch.addcmul(gradient_BHlc * factor_BHl1, x_BHlc, radial_BHl1, value=-1).to(x_BHlc.dtype)
-        return gradient_x_BHlc, None if length_1H11 is None else along_BHl1.sum_to_size(length_1H11.shape)
-
-
-def _factor(norm_BHl1: Tensor, length_1H11: Tensor | None) -> Tensor:
-    return norm_BHl1.reciprocal() if length_1H11 is None else length_1H11 / norm_BHl1
 
 
 class FusedProjection(nn.Linear):

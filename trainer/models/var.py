@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.models.attention import LayerCache, Scales, SelfAttention, part_ends
+from trainer.models.norms import modulated
 
 OFFICIAL_DEPTHS = (16, 20, 24, 30, 36)
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
-NORM_EPS = 1e-6
 COMPILED_SHAPES = 64  # scales × batch sizes, in sampling with and without guidance, and in training
 
 
@@ -151,9 +151,9 @@ class Block(nn.Module):
 
     def forward(self, x_BlC: Tensor, modulation_B16C: Tensor, context: Scales | LayerCache) -> Tensor:
         gain1, gain2, scale1, scale2, shift1, shift2 = modulation_B16C.unbind(2)
-        attended_BlC = self.attn(_norm(x_BlC, scale1, shift1), context)
+        attended_BlC = self.attn(modulated(x_BlC, scale1, shift1), context)
         x_BlC = x_BlC + self._drop(attended_BlC * gain1)
-        return x_BlC + self._drop(self.ffn(_norm(x_BlC, scale2, shift2)) * gain2)
+        return x_BlC + self._drop(self.ffn(modulated(x_BlC, scale2, shift2)) * gain2)
 
     def _drop(self, branch_BlC: Tensor) -> Tensor:
         if not self.training or self.drop_path == 0.0:
@@ -176,7 +176,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, x_BlC: Tensor, modulation_B12C: Tensor) -> Tensor:
         scale_B1C, shift_B1C = modulation_B12C.unbind(2)
-        return _norm(x_BlC, scale_B1C, shift_B1C)
+        return modulated(x_BlC, scale_B1C, shift_B1C)
 
 
 class VAR(nn.Module):
@@ -366,7 +366,3 @@ class VAR(nn.Module):
         if given != wanted:
             raise ValueError(f"the input of scale {scale} has {given} positions; it must have {wanted}")
         return begin, end
-
-
-def _norm(x_BlC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
-    return torch.addcmul(shift_B1C, F.layer_norm(x_BlC, x_BlC.shape[-1:], eps=NORM_EPS), 1 + scale_B1C)

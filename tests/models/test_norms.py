@@ -1,0 +1,81 @@
+"""The normalisations of a block beside their plain twins in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, normalize
+
+from trainer.models.norms import EPS, modulated, normalised
+
+
+def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """Of each tensor, the norm of its error beside its own."""
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "narrow", "bound"),
+    [
+        (torch.float64, torch.float64, 1e-12),
+        (torch.float32, torch.float32, 1e-6),
+        (torch.float32, torch.bfloat16, 1e-6),  # as under autocast; the gradients of what is narrow are rounded
+    ],
+)
+def test_adaln_is_a_layer_norm_scaled_and_shifted(dtype: torch.dtype, narrow: torch.dtype, bound: float) -> None:
+    """Values and gradients, by the norm of their error."""
+    generator = torch.Generator().manual_seed(0)
+    x_BLC, weight_BLC = (torch.randn(3, 50, 64, generator=generator).to(dtype) for _ in range(2))
+    scale_B1C, shift_B1C = (torch.randn(3, 1, 64, generator=generator).to(narrow) for _ in range(2))
+    results: list[list[Tensor]] = []
+    for exactly in (False, True):
+        leaves = [
+            (tensor.double() if exactly else tensor.clone()).requires_grad_()
+            for tensor in (x_BLC, scale_B1C, shift_B1C)
+        ]
+        x, scale, shift = leaves
+        y_BLC = layer_norm(x, (64,), eps=EPS) * (1 + scale) + shift if exactly else modulated(x, scale, shift)
+        y_BLC.backward(weight_BLC.to(y_BLC.dtype))
+        results.append([y_BLC.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+    assert [tensor.dtype for tensor in results[0]] == [dtype, dtype, narrow, narrow]
+    value, of_x, *of_narrow = errors(*results)
+    assert max(value, of_x) < (bound if narrow == dtype else 0.002)  # 1 + scale is rounded where it is narrow
+    assert max(of_narrow) < (bound if narrow == dtype else 0.002)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.002)])
+@pytest.mark.parametrize("has_length", [True, False])
+def test_vectors_are_normalised_as_a_copy_in_float32_would_be(
+    dtype: torch.dtype, bound: float, has_length: bool
+) -> None:
+    """Values and gradients, by the norm of their error, against the plain way in float64; bfloat16 rounds to 2^-9."""
+    generator = torch.Generator().manual_seed(0)
+    inputs_BHlc = torch.randn(2, 3, 50, 64, generator=generator).to(dtype)
+    # With a part along the vectors, so that a length's gradient is no sum in which everything cancels.
+    weight_BHlc = (torch.randn(2, 3, 50, 64, generator=generator) + inputs_BHlc).to(dtype)
+    rates_1H11 = torch.rand(1, 3, 1, 1, generator=generator).to(torch.promote_types(dtype, torch.float32))
+    lengths_1H11 = 1 + 4 * rates_1H11 if has_length else None
+    found: list[list[Tensor]] = []
+    for wide in (False, True):
+        x_BHlc = (inputs_BHlc.double() if wide else inputs_BHlc.clone()).requires_grad_()
+        length_1H11 = None if lengths_1H11 is None else lengths_1H11.double() if wide else lengths_1H11.clone()
+        leaves = [x_BHlc] if length_1H11 is None else [x_BHlc, length_1H11.requires_grad_()]
+        if wide:
+            y_BHlc = normalize(x_BHlc, dim=-1) * (1 if length_1H11 is None else length_1H11)
+        else:
+            y_BHlc = normalised(x_BHlc, length_1H11)
+            assert y_BHlc.dtype == dtype
+        y_BHlc.backward(weight_BHlc.to(y_BHlc.dtype))
+        found.append([y_BHlc.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+    assert len(found[0]) == len(found[1]) == 2 + has_length
+    for narrow, exact in zip(*found, strict=True):
+        assert float((narrow.double() - exact).norm() / exact.norm()) < bound
+
+
+def test_vectors_of_zeros_stay_zeros() -> None:
+    """And their gradients are numbers."""
+    x_BHlc = torch.zeros(1, 1, 2, 4, requires_grad=True)
+    y_BHlc = normalised(x_BHlc, torch.full((1, 1, 1, 1), 4.0))
+    y_BHlc.sum().backward()
+    assert not y_BHlc.any()
+    assert x_BHlc.grad is not None
+    assert torch.isfinite(x_BHlc.grad).all()
