@@ -63,11 +63,11 @@ def test_memory_is_that_of_real_updates(extra: tuple[str, ...]) -> None:
 
 @pytest.mark.slow
 def test_d30_with_its_reference_fits_into_75_gb() -> None:
-    """All of it trained, in either reading of the minibatch; the page says how many images go forward at once."""
-    options = step_forecast.parse(["--model", "d30", "--minibatch", "32", "--micro-batch", "8"])
+    """All of it trained, in either reading of the minibatch, 16 images forward at once."""
+    options = step_forecast.parse(["--model", "d30", "--minibatch", "32", "--micro-batch", "16"])
     phases = step_forecast.forecast(options, 32)
     assert max(phases, key=lambda name: phases[name].peak_bytes) == "optimise"
-    assert 55e9 < phases["optimise"].peak_bytes < 60e9
+    assert 70e9 < phases["optimise"].peak_bytes < 75e9
     assert 46e9 < phases["sample"].peak_bytes < 49e9
 
 
