@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fill import fill
 from torch import Tensor
 
+from tests.models.fill import fill
 from trainer.models.var import VAR, VARConfig
 from trainer.models.vqvae import VQVAE, VQVAEConfig
 

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import TINY
-from fill import fill
 from torch import Tensor
 
+from tests.models.conftest import TINY
+from tests.models.fill import fill
 from trainer.models.var import VAR, VARConfig
 from trainer.models.vqvae import VQVAE
 from trainer.policy import keyed_uniforms, log_probs, sample

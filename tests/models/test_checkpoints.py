@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.models.conftest import TINY
 from trainer.models.checkpoints import (
     PUBLISHED_FILES,
     CheckpointError,

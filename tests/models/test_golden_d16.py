@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from agree import clear_positions
-from conftest import load_golden
-from fill import fill
 from torch import Tensor
 
+from tests.models.agree import clear_positions
+from tests.models.conftest import load_golden
+from tests.models.fill import fill
 from trainer.models.var import VAR, VARConfig
 from trainer.models.vqvae import VQVAE
 from trainer.policy import generate

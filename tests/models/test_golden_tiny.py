@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from agree import clear_positions
 from torch import Tensor
 
+from tests.models.agree import clear_positions
 from trainer.models.var import VAR
 from trainer.models.vqvae import VQVAE
 from trainer.policy import generate

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY
-from fill import fill
 from torch import Tensor
 
+from tests.models.conftest import TINY
+from tests.models.fill import fill
 from trainer.miniature.weights import FILES
 from trainer.models.checkpoints import load_vqvae
 from trainer.models.var import VAR

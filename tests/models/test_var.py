@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, TINY
-from fill import fill
 from torch import Tensor, nn
 
+from tests.models.conftest import GOLDEN, TINY
+from tests.models.fill import fill
 from trainer.models.attention import Scales, SelfAttention
 from trainer.models.var import OFFICIAL_DEPTHS, VAR, VARConfig
 from trainer.models.vqvae import VQVAE
