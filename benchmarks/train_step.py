@@ -279,7 +279,10 @@ def size_options() -> argparse.ArgumentParser:
 
 
 def check_sizes(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """End with an error where the images of a step are no whole groups and minibatches, or FILE has no place."""
+    """End with an error where the images of a step are no whole groups and minibatches, or FILE has no place.
+
+    A chunk of more images than a step has becomes one of as many.
+    """
     named = {"images": [options.images], "minibatch": options.minibatch, "chunk": [options.chunk]}
     for name, values in (named | {"micro-batch": [options.micro_batch]}).items():
         if not 1 <= min(values) <= max(values) <= MOST_IMAGES:

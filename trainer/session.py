@@ -101,9 +101,9 @@ class Session:
             self.group.any(False)  # wait until the first has saved: torchrun ends all once one has ended
             raise ending from error
         self.step += 1
-        self.seconds += time.perf_counter() - began_s
         self._reward = metrics["reward"]
         self._remember()  # before anything that waits for another rank, which may be gone
+        self.seconds += time.perf_counter() - began_s
         with self.group.together():
             if self.group.leads:
                 log.write(self.step, metrics)
