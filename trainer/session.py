@@ -23,7 +23,7 @@ from trainer.loop import Learner, train_step
 from trainer.metrics import Metrics, MetricsLog
 from trainer.models.checkpoints import CheckpointError, write_atomically
 from trainer.run_folder import write_text
-from trainer.run_state import Snapshot, Tensors, generators, tensors_of
+from trainer.run_state import Snapshot, Tensors
 from trainer.scoring import Scorer
 from trainer.update import NotFinite
 
@@ -64,23 +64,26 @@ class Session:
     step: int
     seconds: float = 0.0
     before: Metrics | None = None
-    _reward: float | None = field(default=None, init=False)
+    reward: float | None = None  # of the step that the snapshot is of
     _snapshot: Snapshot | None = field(default=None, init=False)
+    _written: int | None = field(default=None, init=False)  # the step of the last state that was saved
     _writing: threading.RLock = field(default_factory=threading.RLock, init=False)
 
     def train(self) -> None:
         """Evaluate, take all steps, evaluate, sum up."""
-        if self.before is None:
+        begins = self.before is None
+        if begins:
             self.before = self._evaluate("before", 0)
-            self._save()  # from here on a run that is killed goes on
         if self.group.leads:
             self._snapshot = Snapshot(self.learner)
+            self._remember(self.reward)
+        if begins:
+            self._save()  # from here on a run that is killed goes on
         self.group.when_lost = self._rescue
         with (
             self.interrupt.deferred(),
             MetricsLog(self.folder, self.config, self.console, self.step, self.group.leads) as log,
         ):
-            self._remember()
             while self.step < self.config.run.steps:
                 try:
                     self._take_step(log)
@@ -101,8 +104,7 @@ class Session:
             self.group.any(False)  # wait until the first has saved: torchrun ends all once one has ended
             raise ending from error
         self.step += 1
-        self._reward = metrics["reward"]
-        self._remember()  # before anything that waits for another rank, which may be gone
+        self._remember(metrics["reward"])  # before anything that waits for another rank, which may be gone
         self.seconds += time.perf_counter() - began_s
         with self.group.together():
             if self.group.leads:
@@ -124,11 +126,12 @@ class Session:
         elif done or (config.run.grid_every and not self.step % config.run.grid_every):
             self._draw_grid()
 
-    def _remember(self) -> None:
-        """Copy what a rescue would save, as it is after the steps so far; on the first rank."""
+    def _remember(self, reward: float | None) -> None:
+        """Copy what is to be saved, as it is after the steps so far; on the first rank."""
         if self._snapshot is not None:
             with self._writing:
                 self._snapshot.take(self.step)
+                self.reward = reward
 
     @contextmanager
     def _saved(self) -> Iterator[None]:
@@ -142,20 +145,23 @@ class Session:
         return Suspended(f"{error}; the state after step {self.step} is saved, {self._remedy()}")
 
     def _save(self) -> None:
-        """Save the state as it is now."""
+        """Save the state after the last step."""
         with self.group.together():
-            if self.group.leads:
-                self._write(self.step, tensors_of(self.learner) | generators(), self._reward)
+            if self._snapshot is not None:
+                self._write(self._snapshot)
 
-    def _write(self, step: int, tensors: Tensors, reward: float | None) -> None:
+    def _write(self, snapshot: Snapshot) -> None:
+        """Save what was remembered last, if it is not saved already."""
         values = {
             "seconds": self.seconds,
             "before": self.before,
             "models": self.scorer.models,
             "origin": self.learner.origin,
         }
-        with self._writing:
-            self.states.save(RunState(step, tensors, values, reward))
+        with self._writing:  # neither another save nor a snapshot in the making
+            if snapshot.step not in {None, self._written}:
+                self.states.save(RunState(snapshot.step, snapshot.tensors(), values, self.reward))
+                self._written = snapshot.step
 
     def _rescue(self) -> str:
         """Save what there is when another rank is lost, from whatever thread finds out; the words that say so.
@@ -166,15 +172,11 @@ class Session:
         words = f"; {self._remedy()}"
         if self._snapshot is None:
             return words
-        with self._writing:  # neither a save nor a snapshot in the making
-            step, saved = self._snapshot.step, max(self.states.steps(), default=0)
-            if step is not None and step > saved:
-                try:
-                    self._write(step, self._snapshot.tensors(), self._reward)
-                except CheckpointError as error:
-                    return f"; the state could not be saved: {error}{words}"
-                saved = step
-        return f"; the state after step {saved} is saved{words}"
+        try:
+            self._write(self._snapshot)
+        except CheckpointError as error:
+            return f"; the state could not be saved: {error}{words}"
+        return f"; the state after step {self._written} is saved{words}"
 
     def _save_after(self, error: Exception) -> Exception:
         """Save what there was before a step that failed; and what a loss that was not finite came from.
@@ -184,7 +186,7 @@ class Session:
         """
         if self._snapshot is not None:  # the first rank, which needs no other to save
             try:
-                self._write(self.step, self._snapshot.tensors(), self._reward)
+                self._write(self._snapshot)
             except CheckpointError as second:  # the first error is the one to report, and not as one that passes
                 self.console.print(f"[bold red]the state could not be saved:[/] {escape(str(second))}", soft_wrap=True)
                 return error

@@ -83,7 +83,7 @@ def train(config: Config, start: Start, console: Console) -> Path:
         evaluator = Evaluator(config, learner, *scorers)
         run = Session(config, start, learner, group, folder, states, evaluator, scorers[0], interrupt, console, step)
         if state is not None:
-            run.seconds, run.before = state.values["seconds"], state.values["before"]
+            run.seconds, run.before, run.reward = state.values["seconds"], state.values["before"], state.score
         run.train()
     return folder
 

@@ -179,6 +179,25 @@ def test_a_rank_that_is_lost_after_a_step_costs_none(
 
 
 @pytest.mark.redis
+def test_a_rank_that_is_lost_after_an_earlier_state_was_resumed(
+    run_here: RunHere, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps that were given up are gone: what is saved, and gone on from, is what was done since."""
+    settings = ("--run.grid_every", "0", "--checkpoint.every", "1", "--checkpoint.keep", "9")
+    assert run_here(recipe, "--run.steps", "4", *settings).code == 0
+    folder = recipe.parent / "runs" / "tiny"
+
+    def lost(self: Group, mine: bool) -> bool:
+        raise RankLost("rank 1 is gone")
+
+    monkeypatch.setattr(Group, "any", lost)
+    states = folder / "states"
+    outcome = run_here(recipe, "--run.steps", "4", *settings, "--resume", str(states / "step_00000001"))
+    assert "rank 1 is gone; the state after step 2 is saved" in " ".join(outcome.err.split())
+    assert sorted(path.name for path in states.iterdir()) == [f"step_{step:08d}" for step in range(3)]
+
+
+@pytest.mark.redis
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 3])
 def test_torchrun_starts_a_run_again_in_its_own_folder(start: Start, recipe: Path, steps: int) -> None:

@@ -161,6 +161,23 @@ def test_a_service_that_is_away_in_an_evaluation_leaves_a_run_that_goes_on(run_h
     assert (folder / "summary.json").exists()
 
 
+def test_a_step_that_fails_right_after_a_resume_leaves_its_state_the_score(run_here: RunHere, recipe: Path) -> None:
+    """The best state is chosen by it."""
+    manifest = recipe.parent / "runs" / "tiny" / "states" / "step_00000002" / "manifest.json"
+    scores = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), FailsAtLast) as server:
+        server.posts, server.last_status = 0, 503  # type: ignore[attr-defined]
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        url = ("--rewards.0.url", f"http://127.0.0.1:{server.server_port}", "--run.score_timeout_s", 2)
+        for more in ((), ("--run.steps", 3, "--resume")):
+            assert_failed(run_here(recipe, *url, *more), "the state after step 2 is saved", code=75)
+            scores.append(json.loads(manifest.read_text())["score"])
+        server.shutdown()
+        thread.join()
+    assert scores[0] == scores[1] is not None
+
+
 def test_resume_without_a_run_is_one_line(run_here: RunHere, recipe: Path) -> None:
     """By name and by folder."""
     assert_failed(run_here(recipe, "--resume"), "no run named tiny", code=2)
