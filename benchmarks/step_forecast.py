@@ -6,8 +6,8 @@ CPU, so that nothing is computed, and some minutes of any machine will do. By ph
 - the peak of the bytes that tensors hold, each rounded up to 512 as torch's allocator on a GPU does: to be compared
   with `torch.cuda.max_memory_allocated`. Not in it: the CUDA context and workspaces of libraries, below 1 GB together,
   what kernels of a GPU use for themselves, and what the allocator cannot use because it lies in pieces;
-- operators, each at least one kernel where nothing is compiled; gradients are clipped one by one on a CPU, some 1.4
-  operators a parameter that a GPU does in a few;
+- operators, each at least one kernel where nothing is compiled; gradients' norms are taken one by one on a CPU, an
+  operator a parameter that a GPU does in a few;
 - the bytes that they read and write, and their floating-point operations;
 - the least seconds: of each operator the longer of its bytes at the memory's bandwidth and its operations at the
   matmul peak (the roofline of Williams, Waterman and Patterson, 2009), those of an H200 unless told otherwise; as if
@@ -58,7 +58,8 @@ WITHOUT_WORK = ("_unsafe_view", "detach", "device", "empty", "empty_like", "empt
 """Operators besides views that read and write nothing."""
 ONLY_WRITE = ("copy_", "fill_", "zero_", "full_like", "ones_like", "zeros_like", "new_full", "new_ones", "new_zeros")
 """Operators that do not read their first argument."""
-UNWRITTEN = {"_fused_adamw_": "grads"}  # but where they are scaled, which they are not here
+WRITTEN_IF = {"grads": "grad_scale"}
+"""Arguments that are written only where another is given: a fused optimizer leaves gradients as it scaled them."""
 
 
 @dataclass
@@ -149,16 +150,19 @@ def _tensors(values: Any) -> list[Tensor]:
 def _read(function: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """The tensors that an operator reads."""
     is_unread = function.overloadpacket.__name__ in ONLY_WRITE
-    return _tensors((args[1:] if is_unread else args, kwargs))
+    named = {name: value for name, value in kwargs.items() if name != "out"}
+    return _tensors((args[1:] if is_unread else args, named))
 
 
 def _changed(function: Any, args: Any, kwargs: Any, made: Sequence[Tensor]) -> list[Tensor]:
     """The tensors that an operator changes and does not return, as those on lists of tensors do."""
-    unwritten = UNWRITTEN.get(function.overloadpacket.__name__)
     arguments = function._schema.arguments
     named = [*zip(arguments, args, strict=False), *((each, kwargs.get(each.name)) for each in arguments[len(args) :])]
     changed = [
-        value for each, value in named if each.alias_info and each.alias_info.is_write and each.name != unwritten
+        value
+        for each, value in named
+        if each.alias_info and each.alias_info.is_write
+        if each.name not in WRITTEN_IF or kwargs.get(WRITTEN_IF[each.name]) is not None
     ]
     returned = {tensor.untyped_storage()._cdata for tensor in made}
     return [tensor for tensor in _tensors(changed) if tensor.untyped_storage()._cdata not in returned]

@@ -61,6 +61,11 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     return optim.lr * share
 
 
+def _clip_scale(grad_norm: Tensor, grad_clip: float | None) -> Tensor | None:
+    """What gradients of that norm are divided by, so that it is `grad_clip` at most, as `clip_grad_norm_` has it."""
+    return None if grad_clip is None else ((grad_norm + 1e-6) / grad_clip).clamp_min(1.0)
+
+
 class Updates:
     """The updates of one step; they are measured together."""
 
@@ -105,12 +110,14 @@ class Updates:
             self._gradients.average()
         loss = self._group.average(measured.terms.loss.clone())
         with self._group.together():  # the first step of an optimizer takes memory
-            grad_norm = nn.utils.clip_grad_norm_(self._parameters, optim.grad_clip or float("inf"))
+            grad_norm = nn.utils.get_total_norm([each.grad for each in self._parameters if each.grad is not None])
             is_finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
             self._is_broken = torch.maximum(self._is_broken, (~is_finite).float())
             for parameters in self._optimizer.param_groups:
                 parameters["lr"] = learning_rate(optim, step, self._config.run.steps)
-            self._optimizer.found_inf = self._is_broken  # type: ignore[attr-defined] # read by fused optimizers, as amp does
+            # Read by fused optimizers, as amp does: what gradients are divided by, and whether nothing is to be done.
+            self._optimizer.grad_scale = _clip_scale(grad_norm, optim.grad_clip)  # type: ignore[attr-defined]
+            self._optimizer.found_inf = self._is_broken  # type: ignore[attr-defined]
             self._optimizer.step()
         self._clear()
         self._measured.append(measured._replace(terms=measured.terms._replace(loss=loss)))

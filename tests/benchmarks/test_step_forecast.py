@@ -103,8 +103,14 @@ def test_bytes_are_those_that_are_read_and_written() -> None:
         optimizer = torch.optim.AdamW([weight], fused=True)
         weight.grad = torch.empty(1000, 1000)
         optimizer.step()
+
+        def scaled_step() -> None:
+            optimizer.grad_scale = torch.ones(())  # type: ignore[attr-defined]
+            optimizer.step()
+
         for name, work, expected in (
             ("AdamW: four are read, three written", optimizer.step, 28e6),
+            ("… whose gradients are scaled, and kept so", scaled_step, 32e6),
             ("a list in place", lambda: torch._foreach_mul_([weight.grad], 2.0), 8e6),
             ("in place", lambda: weight.grad.mul_(2.0), 8e6),
             ("a sum", lambda: weight.grad + weight.grad, 12e6),

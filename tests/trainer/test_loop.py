@@ -110,7 +110,7 @@ def test_micro_batches_add_up_to_the_minibatch(micro_batch: int) -> None:
 
 
 def test_the_gradient_norm_is_clipped_and_reported_before() -> None:
-    """The optimizer sees at most `grad_clip`."""
+    """The optimizer uses at most `grad_clip`, and leaves the gradients as it used them."""
     config = make_config(optim={"minibatch": 16, "grad_clip": 1e-3})
     learner = make_learner(config)
     norms: list[float] = []
@@ -120,7 +120,7 @@ def test_the_gradient_norm_is_clipped_and_reported_before() -> None:
             float(torch.cat([p.grad.flatten() for p in learner.policy.var.parameters() if p.grad is not None]).norm())
         )
 
-    learner.optimizer.register_step_pre_hook(note)
+    learner.optimizer.register_step_post_hook(note)
     metrics = train_step(learner, Submit(), config, 0)
     assert norms == [pytest.approx(1e-3, rel=1e-2)]
     assert number(metrics, "grad_norm") > 2e-3

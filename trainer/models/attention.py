@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.models.norms import normalised
+from trainer.models.elementwise import normalised
 
 MAX_LOG_SCALE = math.log(100.0)  # the learned inverse temperature of normalised attention stays below 100
 LEADING_SHARE = 0.25
@@ -121,7 +121,8 @@ class SelfAttention(nn.Module):
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
         qkv_BlF: Tensor = self.mat_qkv(x_BlC, bias)
         qkv_Bl3Hc = qkv_BlF.view(*x_BlC.shape[:2], 3, self.heads, -1)
-        q_BHlc, k_BHlc, v_BHlc = qkv_Bl3Hc.permute(2, 0, 3, 1, 4).unbind(0)
+        # Parted before heads and positions are exchanged: so the gradient is put together in the projection's order.
+        q_BHlc, k_BHlc, v_BHlc = (part_BlHc.transpose(1, 2) for part_BlHc in qkv_Bl3Hc.unbind(2))
         if self.l2_norm:
             scale_1H11 = self.scale_mul_1H11.float().clamp_max(MAX_LOG_SCALE).exp()
             q_BHlc, k_BHlc = normalised(q_BHlc, scale_1H11), normalised(k_BHlc)

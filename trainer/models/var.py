@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.models.attention import LayerCache, Scales, SelfAttention, part_ends
-from trainer.models.norms import modulated
+from trainer.models.elementwise import gated, modulated
 
 OFFICIAL_DEPTHS = (16, 20, 24, 30, 36)
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -151,16 +151,16 @@ class Block(nn.Module):
 
     def forward(self, x_BlC: Tensor, modulation_B16C: Tensor, context: Scales | LayerCache) -> Tensor:
         gain1, gain2, scale1, scale2, shift1, shift2 = modulation_B16C.unbind(2)
-        attended_BlC = self.attn(modulated(x_BlC, scale1, shift1), context)
-        x_BlC = x_BlC + self._drop(attended_BlC * gain1)
-        return x_BlC + self._drop(self.ffn(modulated(x_BlC, scale2, shift2)) * gain2)
+        x_BlC = gated(x_BlC, self.attn(modulated(x_BlC, scale1, shift1), context), self._drop(gain1))
+        return gated(x_BlC, self.ffn(modulated(x_BlC, scale2, shift2)), self._drop(gain2))
 
-    def _drop(self, branch_BlC: Tensor) -> Tensor:
+    def _drop(self, gain_B1C: Tensor) -> Tensor:
+        """The gain of a branch, of which DropPath makes 0 for some images."""
         if not self.training or self.drop_path == 0.0:
-            return branch_BlC
+            return gain_B1C
         keep = 1.0 - self.drop_path
-        kept_B11 = branch_BlC.new_empty(branch_BlC.shape[0], 1, 1).bernoulli_(keep)
-        return branch_BlC * (kept_B11 / keep)
+        kept_B11 = gain_B1C.new_empty(gain_B1C.shape[0], 1, 1).bernoulli_(keep)
+        return gain_B1C * (kept_B11 / keep)
 
 
 class HeadNorm(nn.Module):

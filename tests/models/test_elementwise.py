@@ -1,11 +1,11 @@
-"""The normalisations of a block beside their plain twins in float64."""
+"""What a block does between its matrix products, beside plain twins in float64."""
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize
 
-from trainer.models.norms import EPS, modulated, normalised
+from trainer.models.elementwise import EPS, gated, modulated, normalised
 
 
 def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
@@ -38,8 +38,58 @@ def test_adaln_is_a_layer_norm_scaled_and_shifted(dtype: torch.dtype, narrow: to
         results.append([y_BLC.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
     assert [tensor.dtype for tensor in results[0]] == [dtype, dtype, narrow, narrow]
     value, of_x, *of_narrow = errors(*results)
-    assert max(value, of_x) < (bound if narrow == dtype else 0.002)  # 1 + scale is rounded where it is narrow
+    assert max(value, of_x) < bound
     assert max(of_narrow) < (bound if narrow == dtype else 0.002)
+
+
+def test_under_autocast_adaln_gives_what_a_matrix_product_takes() -> None:
+    """In bfloat16 at once, rounded from float32; its gradients are those of the same numbers in float64."""
+    generator = torch.Generator().manual_seed(0)
+    x_BLC, weight_BLC = (torch.randn(3, 50, 64, generator=generator) for _ in range(2))
+    scale_B1C, shift_B1C = (torch.randn(3, 1, 64, generator=generator).bfloat16() for _ in range(2))
+    x, scale, shift = (tensor.clone().requires_grad_() for tensor in (x_BLC, scale_B1C, shift_B1C))
+    with torch.autocast("cpu", torch.bfloat16):
+        y_BLC = modulated(x, scale, shift)
+    exact = [tensor.double().requires_grad_() for tensor in (x_BLC, scale_B1C, shift_B1C)]
+    exact_BLC = layer_norm(exact[0], (64,), eps=EPS) * (1 + exact[1]) + exact[2]
+    y_BLC.backward(weight_BLC.bfloat16())
+    exact_BLC.backward(weight_BLC.bfloat16().double())
+    assert y_BLC.dtype == torch.bfloat16
+    assert y_BLC.equal(modulated(x_BLC, scale_B1C, shift_B1C).bfloat16())
+    found = [leaf.grad for leaf in (x, scale, shift) if leaf.grad is not None]
+    of_x, of_scale, of_shift = errors(found, [leaf.grad for leaf in exact if leaf.grad is not None])
+    assert of_x < 1e-6
+    assert max(of_scale, of_shift) < 0.002
+
+
+@pytest.mark.parametrize(
+    ("dtype", "narrow", "bound"),
+    [
+        (torch.float64, torch.float64, 1e-12),
+        (torch.float32, torch.float32, 1e-6),
+        (torch.float32, torch.bfloat16, 1e-6),  # the gradients of what is narrow are rounded
+    ],
+)
+def test_a_branch_is_added_by_its_gain(dtype: torch.dtype, narrow: torch.dtype, bound: float) -> None:
+    """Values and gradients, by the norm of their error; the product is not rounded before it is added."""
+    generator = torch.Generator().manual_seed(0)
+    x_BLC, weight_BLC = (torch.randn(3, 50, 64, generator=generator).to(dtype) for _ in range(2))
+    branch_BLC = torch.randn(3, 50, 64, generator=generator).to(narrow)
+    gain_B1C = torch.randn(3, 1, 64, generator=generator).to(narrow)
+    results: list[list[Tensor]] = []
+    for exactly in (False, True):
+        leaves = [
+            (tensor.double() if exactly else tensor.clone()).requires_grad_()
+            for tensor in (x_BLC, branch_BLC, gain_B1C)
+        ]
+        x, branch, gain = leaves
+        y_BLC = x + branch * gain if exactly else gated(x, branch, gain)
+        y_BLC.backward(weight_BLC.to(y_BLC.dtype))
+        results.append([y_BLC.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+    assert [tensor.dtype for tensor in results[0]] == [dtype, dtype, narrow, narrow]
+    value, of_x, *of_narrow = errors(*results)
+    assert max(value, of_x) < bound
+    assert max(of_narrow) < (bound if narrow == dtype else 0.003)  # a gain's terms are rounded, and their sum
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.002)])
