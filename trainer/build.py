@@ -11,6 +11,7 @@ import torch
 from trainer.config import Config, ConfigError
 from trainer.distributed import Group
 from trainer.evaluate.columns import served_names
+from trainer.inference.labels import label_names
 from trainer.inference.sources import WEIGHTS
 from trainer.judges import make_judge
 from trainer.loop import Learner
@@ -44,6 +45,7 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
             f"this machine has {torch.cuda.device_count()} GPUs, and no one for its rank {local_rank}; "
             "start as many ranks as there are GPUs"
         )
+    torch.backends.cudnn.allow_tf32 = False  # of float32 that keeps 10 bits: sampling and scoring would differ
     return torch.device("cuda", local_rank)
 
 
@@ -114,7 +116,7 @@ def make_learner(config: Config, group: Group, device: torch.device) -> Learner:
         device: of this rank.
 
     Raises:
-        ConfigError: a label is outside the model's classes, or a reward is unknown.
+        ConfigError: a label is outside the model's classes, the classifier is of others, or a reward is unknown.
         CheckpointError: weights are missing or do not fit.
         LocalRewardsError: the services cannot be asked which rewards there are.
         JudgeError: the classifier's weights cannot be had.
@@ -130,6 +132,12 @@ def make_learner(config: Config, group: Group, device: torch.device) -> Learner:
     outside = [label for label in classes if label >= count]
     if outside:
         raise ConfigError(f"rollout.classes holds {outside[0]}; this policy has the labels 0 to {count - 1}")
+    known = len(label_names(sources.classifier))
+    if known not in {0, count}:
+        raise ConfigError(
+            f"model.classifier {sources.classifier} knows {known} labels, this policy has {count}: "
+            "choose the one of its labels, or --model.classifier none"
+        )
     decode_dtype = getattr(torch, config.run.decode_dtype)
     policy = VarPolicy(var, vqvae, classes, make_autocast(device, config.run.dtype), decode_dtype=decode_dtype)
     origin = policy.digest()

@@ -328,6 +328,14 @@ class Config(_Section):
             kept["run"]["steps"] = self.run.steps
         return kept
 
+    def measured(self) -> dict[str, Any]:
+        """The settings of evaluations, but for how often and by which addresses: those of one run are of the same."""
+        content: dict[str, Any] = self.to_dict()["eval"]
+        del content["every"]
+        for reward in content["rewards"]:
+            del reward["url"]
+        return content
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they are written to the run's folder."""
         return self.model_dump(mode="json")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -57,7 +58,11 @@ class RankLost(RankError):
 
 
 class Group:
-    """The ranks of a run, seen by one of them."""
+    """The ranks of a run, seen by one of them.
+
+    Attributes:
+        launch: names one start of torchrun, over all its restarts; empty without torchrun.
+    """
 
     def __init__(self, ranks: Ranks, device: torch.device, *, timeout_s: float) -> None:
         """Join the others.
@@ -76,12 +81,17 @@ class Group:
         self._lock = threading.Lock()
         self._reporter: int | None = None
         self.when_lost: Callable[[], str] = str  # saves what can be saved, and says so; called from any thread
-        if self.size == 1:
+        self.launch = ""
+        if self.size == 1 and not ranks.torchelastic_run_id:
             return
         attempt = ranks.torchelastic_restart_count  # torchrun keeps the store, and in it the addresses of the dead
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:
             store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=JOIN_S)))
+            # Not torchrun's own name for it, which is "none" for every start by an address.
+            self.launch = store.compare_set("launch", "", uuid4().hex).decode()
+            if self.size == 1:
+                return
             dist.init_process_group(
                 backend,
                 store=PrefixStore(f"group/{attempt}", store),

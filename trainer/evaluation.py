@@ -109,13 +109,18 @@ class Evaluator:
             measured |= {f"inference/{name}": value for name, value in self._scored(guided).items()}
         return measured
 
-    def save_grid(self, folder: Path, step: int) -> None:
+    @property
+    def models(self) -> dict[str, str]:
+        """Name and version of each reward's model, by its name, of those that are optimised and those looked at."""
+        return self._scorer.models | (self._watcher.models if self._watcher is not None else {})
+
+    def save_grid(self, path: Path) -> None:
         """Samples of the same labels and seeds each time: a column a label, a row a seed."""
         classes = tuple(self.policy.classes)
         columns = np.asarray(classes[:: max(1, len(classes) // GRID_COLUMNS)][:GRID_COLUMNS])
         seed, chunk = self._config.eval.seed + 1, self._config.rollout.chunk
         samples = draw_samples(self.policy, np.tile(columns, GRID_ROWS), self._plain, seed=seed, chunk=chunk)
-        save_grid(folder / "grids" / f"step_{step:06d}.png", samples.images_BHW3, columns=len(columns))
+        save_grid(path, samples.images_BHW3, columns=len(columns))
 
     def _plain(self, labels_B: Tensor, uniforms_BL: Tensor) -> Rollout:
         return self.policy.sample(labels_B, temperature=self._config.rollout.temperature, uniforms_BL=uniforms_BL)

@@ -50,6 +50,17 @@ class Interrupt:
         yield
         self._defers = False
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within the block, itself in one of `deferred`, a first signal ends the run at once, as one before does."""
+        self._defers = False
+        if self.requested:
+            raise Interrupted
+        try:
+            yield
+        finally:
+            self._defers = True
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now_s = time.monotonic()
         if self._first_s is not None and now_s - self._first_s > SAME_S:

@@ -24,7 +24,8 @@ class Phases:
     """Seconds spent in each phase of a step, and in all of it.
 
     Args:
-        device: a GPU's work is waited for at both ends of a phase, so that it counts where it was asked for.
+        device: a GPU's work is waited for at both ends of a phase, so that it counts where it was asked for; but not
+            what other streams do beside it, as the copy of the step before does.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,7 +44,7 @@ class Phases:
 
     def _now(self) -> float:
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
         return time.perf_counter()
 
     def metrics(self, images: int) -> Metrics:

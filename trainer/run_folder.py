@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO
@@ -18,13 +19,12 @@ import yaml
 
 from trainer.config import Config, ConfigError
 from trainer.models.checkpoints import CheckpointError, write_atomically
-from trainer.settings import Ranks
 
 PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "redis", "fastapi", "httpx", "pydantic")
 STATES = "states"
 SHOWN = 3  # settings named in an error; the rest are counted
 LAUNCH = ".launch"
-"""Holds the name that torchrun gave to the start of the run, which its restarts share."""
+"""Holds the name of the start of torchrun that the run is of, which its restarts share."""
 
 
 def make_folder(parent: Path, name: str) -> Path:
@@ -47,17 +47,26 @@ def find_folder(parent: Path, name: str) -> Path | None:
         (int(match[1] or 1), folder)
         for folder in (parent.iterdir() if parent.is_dir() else ())
         if (match := pattern.fullmatch(folder.name)) and any((folder / STATES).glob("step_*"))
+        if _name_of(folder) in {name, None}  # a run named `name-2` is another's
     ]
     return max(numbered)[1] if numbered else None
 
 
-def open_folder(config: Config, resume: Path | None, ranks: Ranks, *, must_resume: bool) -> tuple[Path, Path | None]:
+def _name_of(folder: Path) -> str | None:
+    """The name of the run that a folder is of; None where its settings do not say."""
+    try:
+        return str(yaml.safe_load((folder / "config.yaml").read_text("utf-8"))["run"]["name"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+
+
+def open_folder(config: Config, resume: Path | None, launch: str, *, must_resume: bool) -> tuple[Path, Path | None]:
     """The run's folder, and the state in it to go on from.
 
     Args:
         config: of the run, with its name.
         resume: the folder of a run or of one of its states; None looks for the latest run of the name.
-        ranks: whether torchrun has started them again; then the run goes on in the folder that it began in.
+        launch: of the group; where torchrun has started it again, the run goes on in the folder that it began in.
         must_resume: whether it is an error that there is nothing to go on from.
 
     Returns:
@@ -66,18 +75,9 @@ def open_folder(config: Config, resume: Path | None, ranks: Ranks, *, must_resum
     Raises:
         ConfigError: there is nothing to go on from.
     """
-    launch = ranks.torchelastic_run_id
-    if ranks.torchelastic_restart_count:
-        begun = [path.parent for path in config.run.dir.glob(f"*/{LAUNCH}") if path.read_text() == launch]
-        if begun:
-            return begun[0], None
-    folder, state = _choose_folder(config, resume, must_resume=must_resume)
-    if launch:
-        write_text(folder / LAUNCH, launch)
-    return folder, state
-
-
-def _choose_folder(config: Config, resume: Path | None, *, must_resume: bool) -> tuple[Path, Path | None]:
+    begun = [path.parent for path in config.run.dir.glob(f"*/{LAUNCH}") if launch and path.read_text() == launch]
+    if begun:
+        return begun[0], None
     name = str(config.run.name)
     if resume is not None:
         state = resume if resume.parent.name == STATES else None
@@ -91,6 +91,25 @@ def _choose_folder(config: Config, resume: Path | None, *, must_resume: bool) ->
     if must_resume:
         raise ConfigError(f"--resume: no run named {name} in {config.run.dir} has a state; start it without --resume")
     return make_folder(config.run.dir, name), None
+
+
+def mark(folder: Path, launch: str) -> None:
+    """Have `open_folder` find a folder that is held, if torchrun starts its run again."""
+    if launch:
+        write_text(folder / LAUNCH, launch)
+
+
+def drop_end(folder: Path) -> None:
+    """Remove what a finished run says of its end, before the state that it is of goes."""
+    (folder / "summary.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Remove what was drawn and measured after later steps than this one: they are about to be taken again."""
+    for path in (*(folder / "grids").glob("step_*.png"), *(folder / "evaluations").glob("step_*.json")):
+        if int(path.stem.removeprefix("step_")) > step:
+            path.unlink()
 
 
 def hold(folder: Path) -> IO[bytes]:
@@ -114,13 +133,13 @@ def check_settings(folder: Path, config: Config) -> None:
     """Name the settings in which a run that goes on differs from how it began.
 
     Raises:
-        CheckpointError: there are such settings, and they would change what is learnt.
+        CheckpointError: there are such settings, and they would change what is learnt, or how it is measured.
     """
     try:
-        began = Config.model_validate(yaml.safe_load((folder / "config.yaml").read_text("utf-8"))).fixed()
+        began = Config.model_validate(yaml.safe_load((folder / "config.yaml").read_text("utf-8")))
     except (OSError, ValueError, yaml.YAMLError):  # without it the state's digest of them is all there is
         return
-    was, now = _flat(began), _flat(config.fixed())
+    was, now = (_flat(each.fixed() | {"eval": each.measured()}) for each in (began, config))
     changed = [
         f"{key} was {was.get(key)} and is {now.get(key)}"
         for key in sorted(was.keys() | now.keys())
@@ -142,8 +161,13 @@ def _flat(value: object, path: str = "") -> dict[str, object]:
 
 
 def describe(folder: Path, config: Config, device: torch.device) -> None:
-    """Write down the settings and the versions that the run has now."""
-    write_text(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+    """Write down the settings and the versions that the run has now, weights by paths that hold from anywhere."""
+    settings = config.to_dict()
+    for stage in ("var", "vqvae"):
+        path = Path(settings["model"][stage])
+        if path.is_file():
+            settings["model"][stage] = str(path.absolute())
+    write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     system = os.uname()
     versions = {
         "python": platform.python_version(),

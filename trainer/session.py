@@ -1,6 +1,7 @@
 """One run from start to end: its services, the evaluations, the steps in between, and what is saved when."""
 
 import json
+import shlex
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ from trainer.interrupt import Interrupt
 from trainer.loop import Learner, train_step
 from trainer.metrics import Metrics, MetricsLog
 from trainer.models.checkpoints import CheckpointError, write_atomically
-from trainer.run_folder import write_text
+from trainer.run_folder import drop_after, drop_end, write_text
 from trainer.run_state import Snapshot, Tensors
 from trainer.scoring import Scorer
 from trainer.update import NotFinite
@@ -71,29 +72,40 @@ class Session:
 
     def train(self) -> None:
         """Evaluate, take all steps, evaluate, sum up."""
-        begins = self.before is None
-        if begins:
-            self.before = self._evaluate("before", 0)
-        if self.group.leads:
-            self._snapshot = Snapshot(self.learner)
-            self._remember(self.reward)
-        if begins:
-            self._save()  # from here on a run that is killed goes on
+        if self.before is None:
+            self.before = self._evaluate()
+        self._begin()
         self.group.when_lost = self._rescue
         with (
             self.interrupt.deferred(),
             MetricsLog(self.folder, self.config, self.console, self.step, self.group.leads) as log,
         ):
-            while self.step < self.config.run.steps:
-                try:
+            try:
+                self._look()
+                while self.step < self.config.run.steps:
                     self._take_step(log)
-                except RankLost as error:
-                    raise Suspended(f"{error}{self._rescue()}") from error
+                    self._look()
+            except RankLost as error:
+                raise Suspended(f"{error}{self._rescue()}") from error
         with self._saved():
             self._finish()
 
+    def _begin(self) -> None:
+        """Make the folder that of a run after this step, and of none later: from here on one that is killed goes on."""
+        with self.group.together():
+            if not self.group.leads:
+                return
+            self._snapshot = Snapshot(self.learner)
+            self._remember(self.reward)
+            last = max(self.states.steps(), default=None)
+            if last is not None and last > self.step:
+                drop_end(self.folder)
+            if last != self.step:
+                self._write(self._snapshot)
+            drop_after(self.folder, self.step)
+
     def _take_step(self, log: MetricsLog) -> None:
-        """One step, and whatever is due after it."""
+        """One step, and its state where that is due."""
         began_s = time.perf_counter()
         try:
             metrics = train_step(self.learner, self.scorer.submit, self.config, self.step)
@@ -113,18 +125,28 @@ class Session:
         stops = self.group.any(self.interrupt.requested)
         kl, bound = metrics["kl"], config.grpo.max_kl
         exceeds = bound is not None and kl is not None and kl > bound
-        evaluates = bool(config.eval.every) and not self.step % config.eval.every and not done
-        if done or stops or exceeds or evaluates or not self.step % config.checkpoint.every:
+        if done or stops or exceeds or self._evaluates() or not self.step % config.checkpoint.every:
             self._save()
         if stops and not done:
             raise Suspended(f"interrupted; the state after step {self.step} is saved, {self._remedy()}")
         if exceeds:
             raise Stopped(f"step {self.step}: the KL is {kl:.3f}, grpo.max_kl is {bound}; the state after it is saved")
-        if evaluates:
-            with self._saved():
-                self._evaluate("between", self.step)
-        elif done or (config.run.grid_every and not self.step % config.run.grid_every):
-            self._draw_grid()
+
+    def _evaluates(self) -> bool:
+        """Whether an evaluation in between is due after the last step."""
+        every = self.config.eval.every
+        return bool(every) and self.step % every == 0 and 0 < self.step < self.config.run.steps
+
+    def _look(self) -> None:
+        """What is due to be looked at after the last step, unless it is there: a run may have been stopped before."""
+        run = self.config.run
+        if self._evaluates():
+            with self._saved(), self.interrupt.at_once():
+                self._evaluate(self.folder / "evaluations" / f"step_{self.step:06d}.json")
+        elif self.step == run.steps or (run.grid_every and self.step % run.grid_every == 0):
+            with self.group.together():
+                if self.group.leads:
+                    self._draw_grid()
 
     def _remember(self, reward: float | None) -> None:
         """Copy what is to be saved, as it is after the steps so far; on the first rank."""
@@ -155,7 +177,7 @@ class Session:
         values = {
             "seconds": self.seconds,
             "before": self.before,
-            "models": self.scorer.models,
+            "models": self.evaluator.models,
             "origin": self.learner.origin,
         }
         with self._writing:  # neither another save nor a snapshot in the making
@@ -200,25 +222,27 @@ class Session:
         return self._suspended(error) if passes(error) else error
 
     def _remedy(self) -> str:
-        return f"go on with: {self.start.command} --resume {self.folder}"
+        return f"go on with: {self.start.command} --resume {shlex.quote(str(self.folder))}"
 
-    def _evaluate(self, when: str, step: int) -> Metrics | None:
-        """Measure the policy; the first rank alone does, the others wait."""
+    def _evaluate(self, path: Path | None = None) -> Metrics | None:
+        """Measure the policy; the first rank alone does, the others wait.
+
+        Args:
+            path: of a file for the numbers; where it is there, they are not measured again.
+        """
         measured: Metrics | None = None
         with self.group.together():
-            if self.group.leads:
+            if self.group.leads and not (path is not None and path.exists()):
                 measured = self.evaluator.measure()
-                self.evaluator.save_grid(self.folder, step)
-                if when == "between":
-                    write_text(
-                        self.folder / "evaluations" / f"step_{step:06d}.json", json.dumps(measured, indent=2) + "\n"
-                    )
+                self._draw_grid()
+                if path is not None:
+                    write_text(path, json.dumps(measured, indent=2) + "\n")
         return measured
 
     def _draw_grid(self) -> None:
-        with self.group.together():
-            if self.group.leads:
-                self.evaluator.save_grid(self.folder, self.step)
+        path = self.folder / "grids" / f"step_{self.step:06d}.png"
+        if not path.exists():
+            self.evaluator.save_grid(path)
 
     def _finish(self) -> None:
         """Keep the trained policy, measure it and sum up."""

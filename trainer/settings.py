@@ -23,7 +23,7 @@ class Ranks(BaseSettings):
     world_size: int = Field(default=1, ge=1, description="processes of the run")
     local_rank: int = Field(default=0, ge=0, description="of this process on its machine: which GPU is its own")
     local_world_size: int = Field(default=1, ge=1, description="processes of the run on this machine")
-    torchelastic_run_id: str = Field(default="", description="names one start of torchrun, over all its restarts")
+    torchelastic_run_id: str = Field(default="", description="set by torchrun, which starts ranks again that failed")
     torchelastic_restart_count: int = Field(default=0, ge=0, description="how often torchrun started them again")
 
 

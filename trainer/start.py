@@ -19,7 +19,7 @@ from trainer.interrupt import Interrupt
 from trainer.local_rewards import LocalRewards
 from trainer.loop import Learner
 from trainer.models.checkpoints import CheckpointError
-from trainer.run_folder import STATES, check_settings, describe, hold, open_folder
+from trainer.run_folder import STATES, check_settings, describe, hold, mark, open_folder
 from trainer.run_state import restore
 from trainer.scoring import Scorer
 from trainer.session import Session, Start
@@ -57,12 +57,15 @@ def train(config: Config, start: Start, console: Console) -> Path:
         torch.manual_seed(config.run.seed)
         with group.together():
             learner = make_learner(config, group, device)
-            found = open_folder(config, start.resume, ranks, must_resume=start.must_resume) if group.leads else None
+            found = (
+                open_folder(config, start.resume, group.launch, must_resume=start.must_resume) if group.leads else None
+            )
         folder, state_path = _told(group, found)
         states = Checkpoints(folder / STATES, keep=config.checkpoint.keep, run=config.identity())
         with group.together():
             if group.leads:
                 stack.enter_context(hold(folder))
+                mark(folder, group.launch)
             state = None
             if state_path or states.latest():
                 check_settings(folder, config)
@@ -70,8 +73,6 @@ def train(config: Config, start: Start, console: Console) -> Path:
                 _check_origin(state, learner, config)
                 restore(learner, state.tensors)
                 state.tensors.clear()  # in the learner now
-            if group.leads:
-                describe(folder, config, device)
         with group.together():
             if group.tell(learner.origin) != learner.origin:
                 raise CheckpointError(f"{_sources(config)} hold other weights for rank {group.rank} than for the first")
@@ -82,6 +83,9 @@ def train(config: Config, start: Start, console: Console) -> Path:
         scorers = _open_scorers(config, group, folder, stack, console, {} if state is None else state.values["models"])
         evaluator = Evaluator(config, learner, *scorers)
         run = Session(config, start, learner, group, folder, states, evaluator, scorers[0], interrupt, console, step)
+        with group.together():
+            if group.leads:
+                describe(folder, config, device)  # now that nothing refuses to begin
         if state is not None:
             run.seconds, run.before, run.reward = state.values["seconds"], state.values["before"], state.score
         run.train()

@@ -185,9 +185,17 @@ class Outcome(NamedTuple):
 class Run:
     """A `python -m trainer.run …` of a test, with its output in files."""
 
-    def __init__(self, arguments: Sequence[object], folder: Path, *, ranks: int = 1, restarts: int = 0) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[object],
+        folder: Path,
+        *,
+        ranks: int = 1,
+        restarts: int = 0,
+        meets: Sequence[str] = ("--standalone",),
+    ) -> None:
         self._out, self._err = folder / "stdout", folder / "stderr"
-        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+        torchrun = ["torch.distributed.run", *meets, f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
         launcher = [*torchrun, "-m"] if ranks > 1 else []
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._popen = subprocess.Popen(
@@ -264,10 +272,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Starts runs as processes; all are ended with the test."""
     runs: list[Run] = []
 
-    def starter(*arguments: object, ranks: int = 1, restarts: int = 0) -> Run:
+    def starter(*arguments: object, **how: Any) -> Run:
         folder = tmp_path / f"output-{len(runs)}"
         folder.mkdir()
-        runs.append(Run(arguments, folder, ranks=ranks, restarts=restarts))
+        runs.append(Run(arguments, folder, **how))
         return runs[-1]
 
     yield starter

@@ -1,8 +1,10 @@
 """Several ranks: they share the work, agree on failures, and change nothing that is sampled or learnt."""
 
 import json
+import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -97,7 +99,10 @@ def test_a_rank_that_falls_silent_ends_the_others() -> None:
 
 @pytest.mark.redis
 def test_two_ranks_equal_one(start: Start, recipe: Path) -> None:
-    """The same tokens, and so the same rewards; weights after three steps to 1e-5, relative."""
+    """The same tokens, and so the same rewards; weights after three steps to 1e-6, relative, of each parameter to 1e-4.
+
+    Of a bias that began at 0 a single gradient may be near 0, in which only rounding is left: AdamW makes a step of it.
+    """
     settings = ("--run.steps", "3", "--run.grid_every", "0", "--optim.minibatch", "8")
     folders = []
     for ranks in (1, 2):
@@ -112,8 +117,11 @@ def test_two_ranks_equal_one(start: Start, recipe: Path) -> None:
             assert shared[name] == (value if exact or value is None else pytest.approx(value, rel=1e-4, abs=1e-6)), name
     states = [load_file(folder / "states" / "step_00000003" / "state.safetensors") for folder in folders]
     first, second = ({k: v for k, v in state.items() if k.startswith("policy/")} for state in states)
-    for name, entry in first.items():
-        assert float((second[name] - entry).norm()) <= 1e-5 * float(entry.norm()), name
+    apart = {name: float((second[name] - entry).norm()) for name, entry in first.items()}
+    norms = {name: float(entry.norm()) for name, entry in first.items()}
+    assert math.hypot(*apart.values()) <= 1e-6 * math.hypot(*norms.values())
+    for name, norm in norms.items():
+        assert apart[name] <= 1e-4 * norm, name
 
 
 @pytest.mark.redis
@@ -199,13 +207,21 @@ def test_a_rank_that_is_lost_after_an_earlier_state_was_resumed(
 
 @pytest.mark.redis
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [0, 3])
-def test_torchrun_starts_a_run_again_in_its_own_folder(start: Start, recipe: Path, steps: int) -> None:
-    """A rank is killed before the first state, or after: the run is whole, and another of its name is left alone."""
+@pytest.mark.parametrize(("steps", "by_address"), [(0, False), (3, True)])
+def test_torchrun_starts_a_run_again_in_its_own_folder(
+    start: Start, recipe: Path, steps: int, by_address: bool
+) -> None:
+    """A rank is killed before the first state, or after: the run is whole, and another of its name is left alone.
+
+    By an address every start has the same name for torchrun, so that the other's folder could be taken for its own.
+    """
     settings = ("--run.steps", "8", "--run.grid_every", "0", "--checkpoint.every", "1")
-    assert start(recipe, "--run.steps", "1").outcome().code == 0
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"localhost:{listener.getsockname()[1]}"
+    meets = ("--nnodes=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={address}") if by_address else ("--standalone",)
+    assert start(recipe, "--run.steps", "1", ranks=2, meets=meets).outcome().code == 0
     other = (recipe.parent / "runs" / "tiny" / "metrics.jsonl").read_text()
-    run = start(recipe, *settings, ranks=2, restarts=1)
+    run = start(recipe, *settings, ranks=2, restarts=1, meets=meets)
     folder = recipe.parent / "runs" / "tiny-2"
     wait_until(lambda: (folder / "services.log").exists() and len(metrics(folder)) >= steps, 120)
     run.note_children()

@@ -21,6 +21,9 @@ from safetensors.torch import load_file
 from tests.services.conftest import Process, wait_until
 from tests.trainer.conftest import Outcome, Run, make_var
 from tests.trainer.test_run import FailsAtLast, assert_failed, lines
+from trainer.distributed import Group
+from trainer.evaluation import Evaluator
+from trainer.metrics import Metrics
 from trainer.models.checkpoints import save_var
 
 pytestmark = pytest.mark.redis
@@ -142,7 +145,10 @@ def test_a_folder_is_one_runs_at_a_time(start: Start, run_here: RunHere, recipe:
 def test_fewer_steps_than_are_done_is_one_line(run_here: RunHere, recipe: Path) -> None:
     """The policy would not be that of so few steps."""
     assert run_here(recipe).code == 0
+    settings = recipe.parent / "runs" / "tiny" / "config.yaml"
+    began = settings.read_text()
     assert_failed(run_here(recipe, "--run.steps", 1, "--resume"), "run.steps is 1, and 2 are done", code=2)
+    assert settings.read_text() == began
 
 
 def test_a_service_that_is_away_in_an_evaluation_leaves_a_run_that_goes_on(run_here: RunHere, recipe: Path) -> None:
@@ -178,6 +184,76 @@ def test_a_step_that_fails_right_after_a_resume_leaves_its_state_the_score(run_h
     assert scores[0] == scores[1] is not None
 
 
+def test_what_was_due_when_a_run_stopped_is_made_up_for(
+    run_here: RunHere, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation and the grid after the step in which it was told to stop; the line that goes on can be typed."""
+    settings = ("--run.steps", 6, "--run.grid_every", 2, "--eval.every", 2, "--run.dir", recipe.parent / "my runs")
+    folder = recipe.parent / "my runs" / "tiny"
+    with monkeypatch.context() as patch:
+        patch.setattr(Group, "any", lambda *_: done_steps(folder) == 2)
+        stopped = run_here(recipe, *settings)
+    assert_failed(stopped, "the state after step 2 is saved", f"--resume '{folder}'", code=75)
+    assert run_here(recipe, *settings, "--resume").code == 0
+    assert sorted(path.stem for path in (folder / "evaluations").iterdir()) == ["step_000002", "step_000004"]
+    assert sorted(path.stem for path in (folder / "grids").iterdir()) == [f"step_{n:06d}" for n in (0, 2, 4, 6)]
+
+
+def test_sigterm_in_an_evaluation_in_between_ends_the_run_at_once(
+    run_here: RunHere, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state before it is saved, and it is made when the run goes on."""
+    measure, calls = Evaluator.measure, 0
+
+    def told_to_stop(self: Evaluator) -> Metrics:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return measure(self)
+
+    monkeypatch.setattr(Evaluator, "measure", told_to_stop)
+    folder = recipe.parent / "runs" / "tiny"
+    assert_failed(run_here(recipe, "--eval.every", 1), "interrupted", code=75)
+    assert (calls, done_steps(folder)) == (2, 1)
+    assert run_here(recipe, "--eval.every", 1, "--resume").code == 0
+    assert [path.stem for path in (folder / "evaluations").iterdir()] == ["step_000001"]
+
+
+def test_steps_that_were_given_up_leave_nothing(
+    run_here: RunHere, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished run that goes on from an earlier state is that of this state, though it is killed before the next."""
+    settings = ("--checkpoint.every", 1, "--checkpoint.keep", 9, "--eval.every", 2, "--run.steps")
+    assert run_here(recipe, *settings, 4).code == 0
+    folder = recipe.parent / "runs" / "tiny"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.session.train_step", killed)
+        state = folder / "states" / "step_00000001"
+        assert_failed(run_here(recipe, *settings, 4, "--resume", state), "interrupted", code=130)
+    assert not (folder / "summary.json").exists()
+    assert not (folder / "checkpoint").exists()
+    assert sorted(path.name for path in (folder / "states").iterdir()) == ["step_00000000", "step_00000001"]
+    assert sorted(path.stem for path in (folder / "grids").iterdir()) == ["step_000000", "step_000001"]
+    assert not list((folder / "evaluations").iterdir())
+    assert run_here(recipe, *settings, 5, "--resume").code == 0
+    assert [line["step"] for line in lines(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert (folder / "checkpoint" / "var.safetensors").exists()
+
+
+def test_a_run_of_another_name_is_not_gone_on_with(run_here: RunHere, recipe: Path) -> None:
+    """`tiny-2` may be the second run named `tiny`, or one that was given that name."""
+    assert run_here(recipe, "--run.name", "tiny-2", "--optim.lr", 0.01).code == 0
+    assert_failed(run_here(recipe, "--resume"), "no run named tiny", code=2)
+    assert [run_here(recipe).code, run_here(recipe).code] == [0, 0]
+    assert run_here(recipe, "--resume", "--run.steps", 3).code == 0
+    assert [done_steps(recipe.parent / "runs" / name) for name in ("tiny", "tiny-2", "tiny-3")] == [2, 2, 3]
+
+
 def test_resume_without_a_run_is_one_line(run_here: RunHere, recipe: Path) -> None:
     """By name and by folder."""
     assert_failed(run_here(recipe, "--resume"), "no run named tiny", code=2)
@@ -201,6 +277,8 @@ def test_another_runs_state_is_refused(run_here: RunHere, recipe: Path) -> None:
     changes = "optim.lr was 0.001 and is 0.01; rewards.0.weight was 1.0 and is 2.0"
     assert_failed(outcome, changes, "resume with the settings that the run began with")
     assert yaml.safe_load((folder / "config.yaml").read_text())["optim"]["lr"] == 0.001
+    outcome = run_here(recipe, "--eval.samples", 9, "--eval.every", 1, "--run.steps", 3, "--resume", folder)
+    assert_failed(outcome, f"{folder}: eval.samples was 8 and is 9; resume with")
     assert run_here(recipe, "--rollout.chunk", 4, "--run.steps", 3, "--resume", folder).code == 0
 
 
@@ -285,9 +363,15 @@ def test_a_service_that_is_killed_in_a_step_changes_nothing(start: Start, recipe
     assert results[0] == results[1]
 
 
-def test_a_reward_of_another_version_does_not_go_on(run_here: RunHere, recipe: Path) -> None:
-    """What the run began with is kept in its state."""
-    clip = ("--rewards.0.name", "mini-clip", "--rewards.0.prompt", "a painting", "--rewards.0.shape", "identity")
+@pytest.mark.parametrize(
+    "clip",
+    [
+        ("--rewards.0.name", "mini-clip", "--rewards.0.prompt", "a painting", "--rewards.0.shape", "identity"),
+        ("--eval.rewards", "[{name: mini-clip, prompt: a painting}]"),
+    ],
+)
+def test_a_reward_of_another_version_does_not_go_on(run_here: RunHere, recipe: Path, clip: tuple[str, ...]) -> None:
+    """What the run began with is kept in its state, of those that are only looked at, too."""
     assert run_here(recipe, *clip).code == 0
     states = recipe.parent / "runs" / "tiny" / "states"
     values = json.loads((states / "step_00000002" / "values.json").read_text())

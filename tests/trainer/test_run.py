@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -23,6 +24,7 @@ from trainer.checkpoint import MANIFEST, TENSORS, VALUES
 from trainer.miniature.weights import FILES
 from trainer.models.checkpoints import load_var, read_metadata
 from trainer.options import load_config, recipe_names
+from trainer.run_folder import describe
 
 Start = Callable[..., Run]
 RunHere = Callable[..., Outcome]
@@ -169,6 +171,24 @@ def test_a_label_outside_the_classes_is_one_line(run_here: RunHere, recipe: Path
     outcome = run_here(recipe, "--rollout.classes", "[0, 4]")
     assert_failed(outcome, "rollout.classes holds 4", "labels 0 to 3", code=2)
     assert not (recipe.parent / "runs").exists()
+
+
+def test_a_classifier_of_other_labels_is_one_line(run_here: RunHere, recipe: Path) -> None:
+    """Its accuracy would be a number that means nothing."""
+    outcome = run_here(recipe, "--model.classifier", "miniature")
+    assert_failed(outcome, "model.classifier miniature knows 16 labels, this policy has 4", "none", code=2)
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_weights_are_written_down_by_paths_that_hold_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is no file stays as it was given."""
+    monkeypatch.chdir(tmp_path)
+    Path("var.safetensors").touch()
+    describe(tmp_path, load_config("mini-bright", {"model.var": "var.safetensors"}), torch.device("cpu"))
+    model = yaml.safe_load(Path("config.yaml").read_text())["model"]
+    assert (model["var"], model["vqvae"]) == (str(tmp_path / "var.safetensors"), "miniature")
 
 
 def test_missing_weights_are_one_line(run_here: RunHere, recipe: Path) -> None:
