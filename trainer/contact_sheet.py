@@ -93,19 +93,33 @@ def save_sheet(path: Path, panels: Sequence[Panel], settings: Mapping[str, objec
     _write(path, sheet, {**settings, "models": models, "label_seed_index": keys})
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Refuse models whose files would have the same names, before anything is drawn.
+
+    Raises:
+        ConfigError: there are two such.
+    """
+    files = [_file_name(name) for name in names]
+    twice = next((file for file in files if files.count(file) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"the files of two models would be named {twice}_….png: tell them apart by NAME=MODEL")
+
+
+def _file_name(model: str) -> str:
+    return re.sub(r"[^\w@.-]+", "-", model)
+
+
 def save_images(folder: Path, panels: Sequence[Panel], settings: Mapping[str, object]) -> None:
-    """Writes each image to `MODEL_LABEL_seedS_I.png` in a folder, with its settings.
+    """Writes each image to `MODEL_LABEL_seedS_I.png` in a folder, with its settings; `check_names` comes first.
 
     Raises:
         CheckpointError: one cannot be written.
     """
     for panel in panels:
         for image_HW3, (label, seed, index) in zip(panel.images_BHW3, panel.keys, strict=True):
-            model = re.sub(r"[^A-Za-z0-9@.-]+", "-", panel.name)
             own = {"models": [{"name": panel.name, **panel.about}], "label_seed_index": [[label, seed, index]]}
-            _write(
-                folder / f"{model}_{label:04d}_seed{seed}_{index}.png", Image.fromarray(image_HW3), {**settings, **own}
-            )
+            file = folder / f"{_file_name(panel.name)}_{label:04d}_seed{seed}_{index}.png"
+            _write(file, Image.fromarray(image_HW3), {**settings, **own})
 
 
 def _fitting(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

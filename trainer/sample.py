@@ -100,7 +100,7 @@ def _draw_all(
 ) -> None:
     # Only now, for a mistyped option should not wait for torch.
     from trainer.build import choose_device  # noqa: PLC0415
-    from trainer.contact_sheet import Panel, check_size, save_images, save_sheet  # noqa: PLC0415
+    from trainer.contact_sheet import Panel, check_names, check_size, save_images, save_sheet  # noqa: PLC0415
     from trainer.evaluation import spread_labels  # noqa: PLC0415
     from trainer.inference.drawing import draw  # noqa: PLC0415
     from trainer.inference.labels import label_names, parse_labels  # noqa: PLC0415
@@ -108,7 +108,9 @@ def _draw_all(
     from trainer.inference.sources import PRETRAINED, find_sources  # noqa: PLC0415
 
     models = [*([PRETRAINED] if options.compare else []), *options.models]
-    sources = find_sources(models, options.vqvae)
+    sources, is_sheet = find_sources(models, options.vqvae), options.out.suffix.lower() == ".png"
+    if not is_sheet:
+        check_names([source.name for source in sources])
     device = choose_device(options.device)
     panels: list[Panel] = []
     for source in sources:
@@ -133,7 +135,7 @@ def _draw_all(
         rows = tuple(names[label] if names else str(label) for label in labels)
         panels.append(Panel(source.name, np.concatenate(images), tuple(keys), rows, about))
     settings = {"command": command, "sampling": sampling.to_dict(), "dtype": options.dtype, "device": device.type}
-    if options.out.suffix.lower() == ".png":
+    if is_sheet:
         save_sheet(options.out, panels, settings, zoom=int(options.zoom))
     else:
         save_images(options.out, panels, settings)

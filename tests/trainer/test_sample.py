@@ -229,6 +229,26 @@ def test_each_image_is_a_file_of_a_folder(sample: Sample, models: dict[str, str]
     assert len({expected.tobytes() for expected in grid[0]}) == 4
 
 
+@pytest.mark.parametrize(
+    ("names", "file"), [(("", ""), "miniature"), (("run 1=", "run-1="), "run-1"), (("a/b=", "a:b="), "a-b")]
+)
+def test_no_model_overwrites_anothers_files(sample: Sample, tmp_path: Path, names: tuple[str, str], file: str) -> None:
+    """Names that would be the same as a file's are refused before anything is drawn; a sheet may show them."""
+    models, few = [f"{name}miniature" for name in names], ("--labels", "0", "--seeds", "0")
+    outcome = sample(*models, *few, "--out", tmp_path / "each")
+    assert_failed(outcome, f"two models would be named {file}_….png: tell them apart by NAME=MODEL", code=2)
+    assert not list(tmp_path.iterdir())
+    assert sample(*models, *few, "--out", tmp_path / "sheet.png").code == 0
+
+
+def test_a_file_keeps_its_models_name(sample: Sample, tmp_path: Path) -> None:
+    """Underscores, and letters of any script."""
+    names = ("猫", "犬", "run_1", "run-1")
+    models, few = [f"{name}=miniature" for name in names], ("--labels", "0", "--seeds", "0")
+    assert sample(*models, *few, "--out", tmp_path).code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}_0000_seed0_0.png" for name in names}
+
+
 def test_sampling_settings_reach_the_policy(sample: Sample, models: dict[str, str], tmp_path: Path) -> None:
     """Each of them changes the picture; greedy sampling does not depend on the seed."""
     tiny = (models["var"], "--vqvae", models["vqvae"], "--labels", "0", "--seeds", "0-7")
