@@ -17,6 +17,7 @@ from tests.services.conftest import descendants, is_alive, wait_until
 from tests.trainer.conftest import ROOT
 from trainer.config import ConfigError
 from trainer.local_rewards import LocalRewards
+from trainer.options import load_config, parse_overrides
 from trainer.sweep.__main__ import main
 from trainer.sweep.jobs import WITH_THREADS
 from trainer.sweep.plan import Plan, parse_seeds, read_sweep, sweep_names
@@ -170,6 +171,16 @@ def test_all_points_of_the_first_seed_come_first(bench: Bench, sweep_here: Calla
     )] == [(True, True)] * 4  # fmt: skip
     assert all("--run.steps 5" in line and "--run.resume auto" in line for line in lines)
     assert not Path("x").exists()
+
+
+@pytest.mark.parametrize("folder", ["my runs #1", "kl: mine", "'a'", "[a]", "[a", "a\nb"])
+def test_each_point_has_its_folder_whatever_dir_is_called(bench: Bench, folder: str) -> None:
+    """Also where YAML, as which an option's value is read, would make a comment or a mapping of it."""
+    name, file = read_sweep(str(bench.sweep(*POINTS)))
+    for run in Plan(name, file, Path(folder) / name).runs([0, 1]):
+        config = load_config(run.recipe, parse_overrides(run.options))
+        assert config == run.config
+        assert config.run.dir == Path(folder) / name / run.point
 
 
 @pytest.mark.slow

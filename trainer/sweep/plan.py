@@ -116,8 +116,8 @@ class Plan:
             raise ConfigError(f"{where}: no recipe; name one for the point, or one for the sweep")
         try:
             given = self.file.settings | point.settings | parse_overrides(self.options)
-            own = ("--run.dir", str(self.folder / point.name), "--run.name", f"{Path(recipe).stem}-seed-{seed}")
-            options = (*_options(given), *own, "--run.seed", str(seed), "--run.resume", "auto")
+            place = {"run.dir": str(self.folder / point.name), "run.name": f"{Path(recipe).stem}-seed-{seed}"}
+            options = tuple(_options({**given, **place, "run.seed": seed, "run.resume": "auto"}))
             config = load_config(recipe, parse_overrides(options))
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
