@@ -95,7 +95,7 @@ def _assign(content: dict[str, Any], key: str, value: Any) -> None:
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--section.key value` or `--section.key=value` pairs; values are read as YAML.
+    """`--section.key value` or `--section.key=value` pairs; values are read by `read_value`.
 
     Raises:
         ConfigError: an argument that is not of that form.
@@ -112,10 +112,22 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
                 raise ConfigError(f"--{key} needs a value: --{key} VALUE")
             text = rest.pop(0)
         try:
-            overrides[key] = yaml.safe_load(text)
+            overrides[key] = read_value(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--{key} {text!r} is not a value: {' '.join(str(error).split())}") from error
     return overrides
+
+
+def read_value(text: str) -> Any:
+    """A value as YAML, but a text without quotes as it stands: a prompt may well hold ` #`, and no comment is meant.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    value, tokens = yaml.safe_load(text), list(yaml.scan(text))[1:-1]
+    is_comment = not tokens and bool(text.strip())
+    is_plain = len(tokens) == 1 and isinstance(tokens[0], yaml.ScalarToken) and tokens[0].plain
+    return text if is_comment or (is_plain and isinstance(value, str)) else value
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:

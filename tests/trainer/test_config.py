@@ -203,6 +203,28 @@ def test_options_reach_nested_keys_and_entries_of_lists() -> None:
     assert load("--rollout.classes", "2").rollout.classes == (2,)
 
 
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        *((text, text) for text in ("a painting #2 by hand", "#2", "a  b", "two\nlines", 'it\'s "it"')),
+        *(("'a #2'", "a #2"), ('"a\\n#2"', "a\n#2"), ("!!str 5", "5"), ("''", ""), ("|\n a #2", "a #2")),
+        *((text, None) for text in ("", "~", "null", "null # none")),
+    ],
+)
+def test_a_text_is_taken_as_it_stands(text: str, prompt: str | None) -> None:
+    """Without quotes nothing in it is a comment, as in a prompt of `trainer.evaluate`; with them it is YAML."""
+    assert load("--rewards.0.prompt", text).rewards[0].prompt == prompt
+
+
+def test_what_is_no_text_stays_yaml() -> None:
+    """Lists, mappings, numbers and booleans, with comments as they may have them."""
+    texts = ("[1, 3] # two", "{at_least: 0.5} # half", "5 # five", "yes", "a: b")
+    assert [*parse_overrides([part for index, text in enumerate(texts) for part in (f"--{index}", text)]).values()] == [
+        *([1, 3], {"at_least": 0.5}, 5, True, {"a": "b"}),
+    ]
+    assert load("--run.dir", "/tmp/my runs #1").run.dir == Path("/tmp/my runs #1")
+
+
 def test_an_option_does_not_change_the_others() -> None:
     """What is not named stays as the recipe has it."""
     plain, changed = load().to_dict(), load("--optim.lr", "0.5").to_dict()
