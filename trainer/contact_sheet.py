@@ -4,7 +4,6 @@ A sheet has a panel for each policy, side by side; in each, a row a label and a 
 Shape legend: B images of a panel · H, W pixels.
 """
 
-import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from trainer.config import ConfigError
-from trainer.models.checkpoints import write_atomically
+from trainer.pictures import save_png
 
 SETTINGS = "settings"
 """The PNG's text that holds the settings as JSON."""
@@ -132,7 +131,4 @@ def _fitting(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Ima
 def _write(path: Path, picture: Image.Image, settings: Mapping[str, object]) -> None:
     info = PngInfo()
     info.add_text(SETTINGS, json.dumps(settings, allow_nan=False))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True, pnginfo=info)
-    content = buffer.getvalue()
-    write_atomically(path, len(content), lambda temporary: temporary.write_bytes(content))
+    save_png(path, picture, info)

@@ -125,6 +125,18 @@ def test_grids_are_cut_where_they_were_put_together(tmp_path: Path) -> None:
         read_grids(run, 12)
 
 
+def test_a_grid_is_replaced_by_a_whole_one_alone(tmp_path: Path) -> None:
+    """What a kill leaves is the grid from before, not a part of a new one: who has it open reads all of it."""
+    path, images = tmp_path / "step_000000.png", np.zeros((2, 64, 64, 3), dtype=np.uint8)
+    save_grid(path, images, columns=2)
+    whole = path.read_bytes()
+    with path.open("rb") as before:
+        save_grid(path, images + np.uint8(1), columns=2)
+        assert before.read() == whole
+    assert path.read_bytes() != whole
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_columns_are_the_labels_that_a_grid_shows(tmp_path: Path) -> None:
     """By name; every so-many-th where there are many; numbered where nobody knows them."""
     miniature = made_run(tmp_path / "a", "")

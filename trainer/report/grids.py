@@ -117,7 +117,7 @@ def _read_cells(path: Path) -> Cells:
             with Image.open(path, formats=["PNG"]) as opened:
                 pixels_HW3 = np.asarray(opened.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise FileError(f"{path}: no picture ({error}); draw it again or leave the run out") from error
+        raise FileError(f"{path}: no picture ({error}); move it away or leave the run out") from error
     height, width = pixels_HW3.shape[:2]
     pitch, over = divmod(height + GAP, GRID_ROWS)
     columns = (width + GAP) // max(pitch, 1)
