@@ -19,6 +19,7 @@ from trainer.config import ConfigError
 from trainer.local_rewards import LocalRewards
 from trainer.options import load_config, parse_overrides
 from trainer.sweep.__main__ import main
+from trainer.sweep.found import find, latest
 from trainer.sweep.jobs import WITH_THREADS
 from trainer.sweep.plan import Plan, parse_seeds, read_sweep, sweep_names
 from trainer.sweep.table import markdown, rows
@@ -181,6 +182,21 @@ def test_each_point_has_its_folder_whatever_dir_is_called(bench: Bench, folder: 
         config = load_config(run.recipe, parse_overrides(run.options))
         assert config == run.config
         assert config.run.dir == Path(folder) / name / run.point
+
+
+def test_a_folder_of_another_runs_name_is_not_gone_on_in(bench: Bench, tmp_path: Path) -> None:
+    """`x-2` is the second run named x, unless its settings say that x-2 is its name; what cannot be read is told."""
+    name, file = read_sweep(str(bench.sweep(*POINTS)))
+    (run,) = Plan(name, file, tmp_path).runs([0], ["none"])
+    folders = [tmp_path / "none" / f"tiny-seed-0{ending}" for ending in ("", "-2", "-3")]
+    for folder, own in zip(folders, ("tiny-seed-0", "tiny-seed-0", "tiny-seed-0-3"), strict=True):
+        (folder / "states" / "step_00000000").mkdir(parents=True)
+        settings = run.config.model_copy(update={"run": run.config.run.model_copy(update={"name": own})})
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings.to_dict()))
+    assert latest(run) == find(run) == folders[1]
+    (folders[2] / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"tiny-seed-0-3/config\.yaml: not the settings of a run"):
+        find(run)
 
 
 @pytest.mark.slow

@@ -48,7 +48,16 @@ def _numbered(run: Run) -> list[tuple[int, Path]]:
         for folder in (parent.iterdir() if parent.is_dir() else ())
         if (match := pattern.fullmatch(folder.name))
         and ((folder / "summary.json").is_file() or any((folder / STATES).glob("step_*")))
+        and _is_named(folder, str(run.config.run.name))
     ]
+
+
+def _is_named(folder: Path, name: str) -> bool:
+    """Whether a folder is of a run of that name: `x-2` may be of the second run named x, or of one named x-2."""
+    try:
+        return read_settings(folder).run.name == name
+    except ConfigError:  # said where its settings are needed
+        return True
 
 
 def _check(run: Run, folder: Path) -> None:
