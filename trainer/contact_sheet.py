@@ -7,7 +7,7 @@ Shape legend: B images of a panel · H, W pixels.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,12 @@ class Panel:
     about: Mapping[str, str]
 
 
+def join(parts: Sequence[Panel]) -> Panel:
+    """The samples of a policy, put together from parts that follow one another."""
+    images_BHW3 = np.concatenate([part.images_BHW3 for part in parts])
+    return replace(parts[0], images_BHW3=images_BHW3, keys=[key for part in parts for key in part.keys])
+
+
 def check_size(rows: int, columns: int, side: int, most: int) -> None:
     """Refuse a sheet that nobody could look at, before it is drawn.
 
@@ -52,7 +58,7 @@ def check_size(rows: int, columns: int, side: int, most: int) -> None:
     if rows * columns * side * side > most:
         raise ConfigError(
             f"{rows} × {columns} images of {side}×{side} are {rows * columns * side * side:,} pixels, "
-            f"more than {most:,}: name fewer --labels or --seeds, or lower --zoom"
+            f"more than {most:,}: name fewer --labels or --seeds, lower --zoom, or give a folder as --out"
         )
 
 
@@ -108,17 +114,21 @@ def _file_name(model: str) -> str:
     return re.sub(r"[^\w@.-]+", "-", model)
 
 
-def save_images(folder: Path, panels: Sequence[Panel], settings: Mapping[str, object]) -> None:
+def save_images(folder: Path, panel: Panel, settings: Mapping[str, object]) -> None:
     """Writes each image to `MODEL_LABEL_seedS_I.png` in a folder, with its settings; `check_names` comes first.
+
+    Args:
+        folder: is made where it is missing.
+        panel: all samples of a policy, or some.
+        settings: kept in each PNG, with what the image is.
 
     Raises:
         CheckpointError: one cannot be written.
     """
-    for panel in panels:
-        for image_HW3, (label, seed, index) in zip(panel.images_BHW3, panel.keys, strict=True):
-            own = {"models": [{"name": panel.name, **panel.about}], "label_seed_index": [[label, seed, index]]}
-            file = folder / f"{_file_name(panel.name)}_{label:04d}_seed{seed}_{index}.png"
-            _write(file, Image.fromarray(image_HW3), {**settings, **own})
+    for image_HW3, (label, seed, index) in zip(panel.images_BHW3, panel.keys, strict=True):
+        own = {"models": [{"name": panel.name, **panel.about}], "label_seed_index": [[label, seed, index]]}
+        file = folder / f"{_file_name(panel.name)}_{label:04d}_seed{seed}_{index}.png"
+        _write(file, Image.fromarray(image_HW3), {**settings, **own})
 
 
 def _fitting(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

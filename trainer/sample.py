@@ -4,12 +4,12 @@ Writes a grid, or a file for each image, as PNGs that hold their settings.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
@@ -100,10 +100,9 @@ def _draw_all(
 ) -> None:
     # Only now, for a mistyped option should not wait for torch.
     from trainer.build import choose_device  # noqa: PLC0415
-    from trainer.contact_sheet import Panel, check_names, check_size, save_images, save_sheet  # noqa: PLC0415
-    from trainer.evaluation import spread_labels  # noqa: PLC0415
+    from trainer.contact_sheet import Panel, check_names, check_size, join, save_images, save_sheet  # noqa: PLC0415
     from trainer.inference.drawing import draw  # noqa: PLC0415
-    from trainer.inference.labels import label_names, parse_labels  # noqa: PLC0415
+    from trainer.inference.labels import label_names  # noqa: PLC0415
     from trainer.inference.loading import load_policy  # noqa: PLC0415
     from trainer.inference.sources import PRETRAINED, find_sources  # noqa: PLC0415
 
@@ -111,36 +110,43 @@ def _draw_all(
     sources, is_sheet = find_sources(models, options.vqvae), options.out.suffix.lower() == ".png"
     if not is_sheet:
         check_names([source.name for source in sources])
-    device = choose_device(options.device)
-    panels: list[Panel] = []
+    device, weights, panels = choose_device(options.device), list[str](), list[Panel]()
+    settings = {"command": command, "sampling": sampling.to_dict(), "dtype": options.dtype, "device": device.type}
     for source in sources:
         policy = load_policy(source, device, options.dtype)
-        count, names = policy.var.config.num_classes, label_names(source.world)
-        names = names if len(names) == count else ()
-        if options.labels:
-            labels = parse_labels(options.labels, count, names, "--labels")
-        else:
-            labels = tuple(spread_labels(min(DEFAULT_LABELS, count), tuple(range(count))).tolist())
-        per_label = len(seeds) * int(options.per_seed)
-        side = policy.vqvae.config.image_size
-        check_size(len(labels), per_label * len(sources), side * int(options.zoom), MOST_PIXELS)
-        keys = [(label, seed, index) for label in labels for seed in seeds for index in range(int(options.per_seed))]
-        images = [
-            draw(policy, [k[0] for k in part], [k[2] for k in part], sampling, seeds=[k[1] for k in part])
-            for part in (keys[first : first + int(options.chunk)] for first in range(0, len(keys), int(options.chunk)))
-        ]
-        if panels and (images[0].shape[1] != panels[0].images_BHW3.shape[1] or len(keys) != len(panels[0].keys)):
+        labels, rows = _labels_of(options.labels, policy.var.config.num_classes, label_names(source.world))
+        side, per_label = policy.vqvae.config.image_size, len(seeds) * int(options.per_seed)
+        if is_sheet:
+            check_size(len(labels), per_label * len(sources), side * int(options.zoom), MOST_PIXELS)
+        if panels and (side != panels[0].images_BHW3.shape[1] or len(labels) != len(panels[0].rows)):
             raise ConfigError(f"{source.name} and {panels[0].name} have other labels or sizes: draw them one by one")
-        about = {"model": str(source.state or source.var), "vqvae": source.vqvae, "weights": policy.digest()}
-        rows = tuple(names[label] if names else str(label) for label in labels)
-        panels.append(Panel(source.name, np.concatenate(images), tuple(keys), rows, about))
-    settings = {"command": command, "sampling": sampling.to_dict(), "dtype": options.dtype, "device": device.type}
+        weights.append(policy.digest())
+        about = {"model": str(source.state or source.var), "vqvae": source.vqvae, "weights": weights[-1]}
+        keys, parts = itertools.product(labels, seeds, range(int(options.per_seed))), list[Panel]()
+        while part := tuple(itertools.islice(keys, int(options.chunk))):
+            images = draw(policy, [k[0] for k in part], [k[2] for k in part], sampling, seeds=[k[1] for k in part])
+            parts.append(Panel(source.name, images, part, rows, about))
+            if not is_sheet:  # at once: there may be more of them than the memory holds
+                save_images(options.out, parts.pop(), settings)
+        if is_sheet:
+            panels.append(join(parts))
     if is_sheet:
         save_sheet(options.out, panels, settings, zoom=int(options.zoom))
-    else:
-        save_images(options.out, panels, settings)
-    said = json.dumps([panel.about["weights"][:12] for panel in panels])
+    said = json.dumps([digest[:12] for digest in weights])
     console.print(escape(f"{options.out}   {sampling}   weights {said}"), soft_wrap=True)
+
+
+def _labels_of(text: str | None, count: int, names: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The labels that are drawn, and what their rows are called."""
+    from trainer.evaluation import spread_labels  # noqa: PLC0415
+    from trainer.inference.labels import parse_labels  # noqa: PLC0415
+
+    names = names if len(names) == count else ()
+    if text:
+        labels = parse_labels(text, count, names, "--labels")
+    else:
+        labels = tuple(spread_labels(min(DEFAULT_LABELS, count), tuple(range(count))).tolist())
+    return labels, tuple(names[label] if names else str(label) for label in labels)
 
 
 if __name__ == "__main__":

@@ -241,6 +241,19 @@ def test_no_model_overwrites_anothers_files(sample: Sample, tmp_path: Path, name
     assert sample(*models, *few, "--out", tmp_path / "sheet.png").code == 0
 
 
+def test_a_folder_has_no_limit_of_pixels(sample: Sample, tmp_path: Path) -> None:
+    """What a sheet is too small for is drawn in chunks, of which each is written before the next one is begun."""
+    broken, many = tmp_path / "broken.pth", ("--labels", "0", "--seeds", "0-5", "--zoom", 64, "--vqvae", "miniature")
+    assert_failed(sample("miniature", *many, "--out", tmp_path / "a.png"), "1 × 6 images of 4096×4096", code=2)
+    broken.write_bytes(b"no weights")
+    assert_failed(sample("miniature", broken, *many, "--chunk", 4, "--out", tmp_path / "a"), "broken.pth", code=1)
+    names = {f"miniature_0000_seed{seed}_0.png" for seed in range(6)}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == names
+    assert sample("miniature", *many, "--chunk", 6, "--out", tmp_path / "b").code == 0
+    for name in names:
+        assert np.array_equal(read(tmp_path / "a" / name), read(tmp_path / "b" / name))
+
+
 def test_a_file_keeps_its_models_name(sample: Sample, tmp_path: Path) -> None:
     """Underscores, and letters of any script."""
     names = ("猫", "犬", "run_1", "run-1")
