@@ -20,11 +20,11 @@ from services.protocol import Info
 from trainer.config import RewardConfig
 from trainer.shaping import Scores
 
-LARGEST_REWARD = 1e100  # beyond it the statistics of a batch overflow
+LARGEST = 1e100  # of a score and of a reward; beyond it the statistics of a batch overflow
 
 
 class ScoreError(RuntimeError):
-    """A score is missing, of the wrong count, or not a finite number; the step cannot go on."""
+    """A score is missing, of the wrong count, not a finite number, or too large; the step cannot go on."""
 
 
 class Scored(NamedTuple):
@@ -51,8 +51,8 @@ def combine(raw: Mapping[str, Scores], rewards: Sequence[RewardConfig], count: i
         count: B, the number of images that were sent.
 
     Raises:
-        ScoreError: a reward is missing, has another number of scores than images, or a score that is not finite; or
-            the weighted sum is beyond ±1e100.
+        ScoreError: a reward is missing, has another number of scores than images, or a score that is not finite;
+            or a score or the weighted sum is beyond ±1e100.
     """
     total, shaped, success = np.zeros(count), {}, None
     for reward in rewards:
@@ -64,16 +64,22 @@ def combine(raw: Mapping[str, Scores], rewards: Sequence[RewardConfig], count: i
         if not np.isfinite(scores_B).all():
             index = int(np.flatnonzero(~np.isfinite(scores_B))[0])
             raise ScoreError(f"{reward.name!r} answered {scores_B[index]} for image {index}; a score must be finite")
+        if not (np.abs(scores_B) <= LARGEST).all():
+            index = int(np.flatnonzero(np.abs(scores_B) > LARGEST)[0])
+            raise ScoreError(
+                f"{reward.name!r} answered {scores_B[index]:g} for image {index}, beyond ±{LARGEST:g}; "
+                "let it answer smaller scores"
+            )
         with np.errstate(over="ignore", invalid="ignore"):  # found below, and then an error
             shaped[reward.name] = reward.shape.reward(scores_B)
             total += reward.weight * shaped[reward.name]
         reached = reward.shape.success(scores_B)
         if reached is not None:
             success = reached if success is None else success & reached
-    if not (np.abs(total) <= LARGEST_REWARD).all():
-        index = int(np.flatnonzero(~(np.abs(total) <= LARGEST_REWARD))[0])
+    if not (np.abs(total) <= LARGEST).all():
+        index = int(np.flatnonzero(~(np.abs(total) <= LARGEST))[0])
         raise ScoreError(
-            f"the reward of image {index} is {total[index]:g}, beyond ±{LARGEST_REWARD:g}; "
+            f"the reward of image {index} is {total[index]:g}, beyond ±{LARGEST:g}; "
             "choose smaller weights, scales or offsets"
         )
     return Scored(dict(raw), shaped, success, total)

@@ -73,9 +73,19 @@ def test_a_score_too_many_too_few_or_none_is_an_error() -> None:
 
 def test_a_sum_that_overflows_is_an_error() -> None:
     """Finite scores and weights may still have no finite sum, or one that no statistics can be made of."""
-    for weight, shown in ((1e10, "inf"), (-1.0, r"-1e\+308")):
+    for weight, shown in ((1e300, "inf"), (-1e10, r"-1e\+109")):
         with pytest.raises(ScoreError, match=rf"the reward of image 0 is {shown}, beyond ±1e\+100; choose smaller"):
-            combine({"a": np.array([1e308])}, [reward("a", weight=weight)], 1)
+            combine({"a": np.array([1e99])}, [reward("a", weight=weight)], 1)
+
+
+@pytest.mark.parametrize("shape", [Affine(), Affine(scale=1e-200), AtLeast(at_least=0.5), Below(below=0.5)])
+def test_a_score_that_is_too_large_is_an_error(shape: Affine | AtLeast | Below) -> None:
+    """Its statistics would overflow, also where a threshold makes an ordinary reward of it."""
+    for bad, shown in ((1e200, r"1e\+200"), (-1.5e308, r"-1.5e\+308")):
+        with pytest.raises(ScoreError, match=rf"'a' answered {shown} for image 1, beyond ±1e\+100; let it answer sm"):
+            combine({"a": np.array([0.0, bad])}, [reward("a", shape=shape)], 2)
+    largest = combine({"a": np.array([-1e100, 1e100])}, [reward("a", shape=shape)], 2)
+    assert np.isfinite(largest.raw["a"].std())
 
 
 def test_parts_are_joined_in_the_order_they_were_sent() -> None:
