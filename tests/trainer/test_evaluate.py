@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import struct
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
@@ -269,6 +271,36 @@ def test_a_damaged_picture_is_named(evaluate: Evaluate, tmp_path: Path) -> None:
     (tmp_path / "some" / "001.png").write_bytes(whole[:-20])
     assert_failed(evaluate("--images", tmp_path / "some"), "001.png", "cut off", code=1)
     assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("size", [(), ("--size", 8)])
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("empty", "999.png: no picture (it is none of PNG, JPEG, WEBP); mend it"),
+        ("other", "999.png: no picture (it is none of PNG, JPEG, WEBP); mend it"),
+        ("large", "999.png has more than 100,000,000 pixels; make it smaller"),
+        ("huge", "999.png has more than 100,000,000 pixels; make it smaller"),  # Pillow does not open it
+    ],
+)
+def test_what_is_no_picture_is_found_before_any_work(
+    evaluate: Evaluate, tmp_path: Path, what: str, words: str, size: tuple[str, int] | tuple[()]
+) -> None:
+    """By its header, whichever row and place it has: not when it is come to, after hours perhaps."""
+    write_pictures(tmp_path / "some", np.zeros((2, 8, 8, 3), dtype=np.uint8), [".", "."])
+    content = {"empty": b"", "other": b"GIF89a" + bytes(100)}.get(what)
+    if content is None:
+        content = png_header(*{"large": (8_000, 13_000), "huge": (14_000, 14_000)}[what])
+    (tmp_path / "some" / "999.png").write_bytes(content)
+    assert_failed(evaluate("miniature", "--images", tmp_path / "some", *size), words, code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The beginning of a PNG that says how large it is, and has no pixels."""
+    head, empty = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT"
+    chunks = (struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in (head, empty))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 WRONG: list[tuple[tuple[str, ...], tuple[str, ...]]] = [

@@ -5,6 +5,7 @@ Shape legend: N pictures of the folder · B of a chunk · S side in pixels.
 
 import hashlib
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,8 @@ def open_pictures(
         labels: take pictures of these alone; None for all.
 
     Raises:
-        ConfigError: there are none, a sub-folder is named for no label, or nobody says the size.
+        ConfigError: there are none, one is no picture or too large, a sub-folder is named for no label, or nobody says
+            the size.
     """
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
@@ -88,7 +90,8 @@ def open_pictures(
         files, labels_N = [files[place] for place in kept], labels_N[kept]
         if not files:
             raise ConfigError(f"--images {folder}: holds no picture of the labels of --labels")
-    return PictureFolder(folder, tuple(files), labels_N, side or _common_side(files))
+    sizes = _sizes(files)
+    return PictureFolder(folder, tuple(files), labels_N, side or _common_side(files, sizes))
 
 
 def _folder_labels(folder: Path, files: Sequence[Path], count: int, names: tuple[str, ...]) -> dict[str, int]:
@@ -103,17 +106,34 @@ def _folder_labels(folder: Path, files: Sequence[Path], count: int, names: tuple
     return {name: parse_labels(name, count, names, f"--images {folder}")[0] for name in below}
 
 
-def _common_side(files: Sequence[Path]) -> int:
-    sizes = set()
-    for file in files:
-        try:
-            with Image.open(file, formats=FORMATS) as picture:
-                sizes.add(picture.size)
-        except OSError as error:
-            raise ConfigError(f"{file}: no picture; take it out of the folder") from error
-        if len(sizes) > 1 or picture.width != picture.height:
-            raise ConfigError(f"{file} is {picture.width}×{picture.height}, the pictures differ: give --size PIXELS")
-    return int(sizes.pop()[0])
+def _sizes(files: Sequence[Path]) -> list[tuple[int, int]]:
+    """Width and height of each picture, by its header alone: most that cannot be read are found before any work."""
+    sizes = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
+        for file in files:
+            try:
+                with Image.open(file, formats=FORMATS) as picture:
+                    sizes.append(picture.size)
+                is_too_large = picture.width * picture.height > LIMITS.max_pixels
+            except Image.DecompressionBombError:
+                is_too_large = True
+            except Exception as error:  # on hostile bytes a decoder fails in any way; all mean the same
+                reason = getattr(error, "strerror", None) or f"it is none of {', '.join(FORMATS)}"
+                raise ConfigError(f"{file}: no picture ({reason}); mend it, or take it out of the folder") from error
+            if is_too_large:
+                raise ConfigError(
+                    f"{file} has more than {LIMITS.max_pixels:,} pixels; make it smaller, or take it out of the folder"
+                )
+    return sizes
+
+
+def _common_side(files: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> int:
+    side = sizes[0][0]
+    for file, (width, height) in zip(files, sizes, strict=True):
+        if (width, height) != (side, side):
+            raise ConfigError(f"{file} is {width}×{height}, the pictures differ: give --size PIXELS")
+    return side
 
 
 def _decode(file: Path) -> NDArray[np.uint8]:
