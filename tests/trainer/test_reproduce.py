@@ -26,6 +26,7 @@ from trainer.reproduce.stages import (
     plan_of,
     programme,
 )
+from trainer.run_folder import hold
 from trainer.sweep.found import next_folder
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results.md"
@@ -256,6 +257,15 @@ def test_a_run_that_left_a_folder_without_a_state_is_where_it_began_anew(tmp_pat
     later = [stage for stage in programme(tmp_path, [0], 1, ()) if stage.arguments[0] != "trainer.sweep"]
     assert all(any(str(again) in argument for argument in stage.arguments) for stage in later)
     assert not any(argument.endswith(str(first)) for stage in later for argument in stage.arguments)
+
+
+def test_a_folder_is_one_reproductions_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second stops before it does anything, exit 2; it is not a stage that has failed."""
+    with hold(tmp_path):
+        assert main(["--dir", str(tmp_path)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"error: {tmp_path}: another reproduction is at work there; wait for it, or give another --dir"
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_the_programme_is_commands_that_exist_and_fits_its_time(tmp_path: Path) -> None:
