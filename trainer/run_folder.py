@@ -47,17 +47,17 @@ def find_folder(parent: Path, name: str) -> Path | None:
         (int(match[1] or 1), folder)
         for folder in (parent.iterdir() if parent.is_dir() else ())
         if (match := pattern.fullmatch(folder.name)) and any((folder / STATES).glob("step_*"))
-        if _name_of(folder) in {name, None}  # a run named `name-2` is another's
+        if is_of(folder, name)
     ]
     return max(numbered)[1] if numbered else None
 
 
-def _name_of(folder: Path) -> str | None:
-    """The name of the run that a folder is of; None where its settings do not say."""
+def is_of(folder: Path, name: str) -> bool:
+    """Whether a folder may be of a run of that name: `x-2` is of the second run named x, or of one named x-2."""
     try:
-        return str(yaml.safe_load((folder / "config.yaml").read_text("utf-8"))["run"]["name"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return None
+        return bool(yaml.safe_load((folder / "config.yaml").read_text("utf-8"))["run"]["name"] == name)
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # said where its settings are needed
+        return True
 
 
 def open_folder(config: Config, resume: Path | None, launch: str, *, must_resume: bool) -> tuple[Path, Path | None]:

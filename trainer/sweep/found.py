@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Config, ConfigError
+from trainer.config import ConfigError
 from trainer.inference.sources import read_settings
 from trainer.models.checkpoints import CheckpointError
-from trainer.run_folder import STATES, check_settings
+from trainer.run_folder import STATES, check_settings, is_of
 from trainer.sweep.plan import Plan, Run
 
 REMEDY = "give the options that it was run with, or another --dir, or move that folder away"
@@ -48,16 +48,8 @@ def _numbered(run: Run) -> list[tuple[int, Path]]:
         for folder in (parent.iterdir() if parent.is_dir() else ())
         if (match := pattern.fullmatch(folder.name))
         and ((folder / "summary.json").is_file() or any((folder / STATES).glob("step_*")))
-        and _is_named(folder, str(run.config.run.name))
+        and is_of(folder, str(run.config.run.name))
     ]
-
-
-def _is_named(folder: Path, name: str) -> bool:
-    """Whether a folder is of a run of that name: `x-2` may be of the second run named x, or of one named x-2."""
-    try:
-        return read_settings(folder).run.name == name
-    except ConfigError:  # said where its settings are needed
-        return True
 
 
 def _check(run: Run, folder: Path) -> None:
@@ -66,26 +58,16 @@ def _check(run: Run, folder: Path) -> None:
     Raises:
         ConfigError: they differ in what changes the numbers.
     """
-    began = read_settings(folder)
+    read_settings(folder)  # without them `check_settings` finds nothing
     try:
         check_settings(folder, run.config)
     except CheckpointError as error:
         raise ConfigError(f"{str(error).rpartition('; ')[0]}; {REMEDY}") from error
-    if _evaluation(began) != _evaluation(run.config):
-        raise ConfigError(f"{folder}: was evaluated with other eval.* settings; {REMEDY}")
     summary, wanted = read_summary(folder), run.config.run.steps
     taken = max((int(state.name.removeprefix("step_")) for state in (folder / STATES).glob("step_*")), default=0)
     done = max(taken, 0 if summary is None else int(summary["steps"]))
     if done > wanted:
         raise ConfigError(f"{folder}: {done} steps are done, and run.steps is {wanted}; {REMEDY}")
-
-
-def _evaluation(config: Config) -> dict[str, Any]:
-    """The settings of the evaluations but for where their services are."""
-    content = config.eval.model_dump(mode="json")
-    for reward in content["rewards"]:
-        del reward["url"]
-    return content
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
