@@ -89,6 +89,7 @@ class Worker:
         self._held: dict[bytes, Delivery] = {}  # until it is replied to
         self._scored: Sequence[Work] = ()  # and not replied to
         self._took_over_s = -math.inf
+        self._away_since_s: float | None = None  # None from the moment that Redis answers
         self._warned_s = -math.inf
         self.is_warm = False
 
@@ -109,7 +110,6 @@ class Worker:
             ScorerHung: a forward pass exceeded its limit; the caller must end the process at once.
         """
         beat: asyncio.Task[None] | None = None
-        away_since_s: float | None = None
         try:
             while not stop.is_set():
                 try:
@@ -123,13 +123,8 @@ class Worker:
                         await self._reply()
                         works = await self._next_batch(stop)
                     await self._serve(works, stop)
-                    away_since_s = None
                 except (RedisError, *QUEUE_GONE) as error:
-                    now_s = time.monotonic()
-                    # Other errors, as that its memory is full, come from a Redis that is there.
-                    if isinstance(error, QUEUE_GONE) and away_since_s is None:
-                        away_since_s = now_s
-                    await self._endure(error, 0.0 if away_since_s is None else now_s - away_since_s)
+                    await self._endure(error)
             with contextlib.suppress(RedisError, OSError):
                 await self._reply()
             if beat is not None:
@@ -141,8 +136,18 @@ class Worker:
                 await end(beat)
             self._scorer.close()
 
-    async def _endure(self, error: Exception, away_s: float) -> None:
-        """Wait a moment for Redis to come back, with its data or without."""
+    async def _endure(self, error: Exception) -> None:
+        """Wait a moment for Redis to come back, with its data or without.
+
+        Raises:
+            QueueGone: it stayed away too long.
+        """
+        now_s = time.monotonic()
+        if not isinstance(error, QUEUE_GONE):  # but, as that its memory is full, of a Redis that is there
+            self._away_since_s = None
+        elif self._away_since_s is None:
+            self._away_since_s = now_s
+        away_s = 0.0 if self._away_since_s is None else now_s - self._away_since_s
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         if away_s > self._limits.patience_s:
             raise QueueGone(f"Redis is away for {away_s:.0f} s, limit {self._limits.patience_s:.0f} s: {line}")
@@ -156,6 +161,7 @@ class Worker:
         await asyncio.sleep(min(1.0, 0.05 + away_s / 4))
         with contextlib.suppress(RedisError, OSError):
             await self._queue.ensure_group()
+            self._away_since_s = None
 
     async def _beat(self) -> None:
         """Three times a lease: say that we live, renew the lease of what we hold, drop what nobody waits for."""
@@ -191,6 +197,7 @@ class Worker:
         """Take jobs that wait, as many as there is room for; return whether no other may be left."""
         count = max(1, min(MOST_AT_ONCE, self._batcher.room // self._job_images))
         taken = await self._queue.read(count, block_ms=block_ms)
+        self._away_since_s = None
         if taken:
             self._job_images = max(each.delivery.images for each in taken)
         for each in taken:

@@ -181,3 +181,22 @@ async def test_the_survey_tells_waiting_leased_and_handed_back(redis: Redis, api
     assert (events.redeliveries, events.dead_letters, events.dropped) == (0, 0, 0)
     assert events.batch_images == 12
     assert sum(events.batches) >= 1
+
+
+async def test_an_idle_worker_outlives_any_number_of_short_outages(redis: Redis) -> None:
+    """Only one that lasts longer than its patience ends it, not two that lie further apart than that."""
+    limits = replace(LIMITS, patience_s=0.3)
+    async with working(redis, Brightness(), limits):
+        for _ in range(3):
+            await redis.client_kill_filter(_type="normal")
+            await asyncio.sleep(2 * limits.patience_s)
+
+
+async def test_an_error_of_a_redis_that_is_there_is_no_absence(redis: Redis) -> None:
+    """A group that is lost long after an outage is made again, and the worker goes on."""
+    limits = replace(LIMITS, patience_s=0.3)
+    async with working(redis, Brightness(), limits):
+        await redis.client_kill_filter(_type="normal")
+        await asyncio.sleep(2 * limits.patience_s)
+        await redis.flushall()
+        await asyncio.sleep(limits.patience_s)
