@@ -16,6 +16,7 @@ from services.processes import (
     die_with_parent,
     inherit,
     open_standard_streams,
+    raise_descriptor_limit,
     reserve_stdout,
 )
 
@@ -132,6 +133,7 @@ def _list_rewards() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, and turn an expected error into one line and an exit code."""
     open_standard_streams()
+    raise_descriptor_limit()
     options = parse_arguments(arguments)
     if options.announce:
         reserve_stdout()

@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -52,6 +53,23 @@ def return_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in ((m_trim_threshold, KEPT_BYTES), (m_mmap_threshold, LARGE_BYTES), (m_arena_max, 2)):
             mallopt(parameter, value)
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process, and those that it starts, open as many files as the system allows them (`ulimit -Hn`).
+
+    The usual 1024 are there for programs that call select(2). Each connection takes one, and each request whose images
+    lie in shared memory two more.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some systems refuse what they name as their limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def descriptor_limit() -> int:
+    """How many files this process may have open at a time, connections and shared memory among them."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def spare_what_stays() -> None:

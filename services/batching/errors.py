@@ -10,6 +10,10 @@ Errors::
     └── KeyReused      an idempotency key was used for another request
 """
 
+import errno
+
+from services.processes import descriptor_limit
+
 
 class QueueError(Exception):
     """A request did not get its scores from the queue; see the module for the tree."""
@@ -25,7 +29,11 @@ class QueueAway(QueueError):
     @classmethod
     def of(cls, error: Exception) -> "QueueAway":
         """The error of a Redis client, in one line."""
-        return cls(f"Redis is not available ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if _lacks_descriptor(error):
+            most = f"this process has all of the {descriptor_limit()} files open that it may have"
+            return cls(f"{most}, and needs one to reach Redis ({line}): raise `ulimit -n`, or send less at once")
+        return cls(f"Redis is not available ({line})")
 
 
 class DeadlinePassed(QueueError):
@@ -46,3 +54,12 @@ class ScoringFailed(QueueError):
 
 class KeyReused(QueueError):
     """An idempotency key was used for another request."""
+
+
+def _lacks_descriptor(error: BaseException | None) -> bool:
+    """Whether an error comes of this process having as many open files as it may; the client may wrap it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

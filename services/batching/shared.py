@@ -19,12 +19,19 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
+from services.processes import descriptor_limit
+
 NAME_PREFIX = "reward-"
 LEAST_BYTES = 2**18
 MOST_AREAS = 256
-"""Areas in use at a time: each takes a descriptor."""
+"""Areas of an API: each takes two descriptors, for `mmap` keeps one of its own."""
+DESCRIPTORS_OF_AN_AREA = 8
+"""Of the descriptors that a process may have, for each area: three quarters are left for its connections."""
+KEPT_AREAS = 64
+"""Areas that wait for their next use in an API: as many as eight clients of eight requests at once have in use. Making
+the memory anew takes longer than a small request's way through it."""
 KEPT_BYTES = 2**26
-"""Of areas that wait for their next use in an API, and likewise of those that a worker keeps mapped."""
+"""Bytes of them, and likewise of those that a worker keeps mapped."""
 
 
 def is_supported() -> bool:
@@ -79,6 +86,7 @@ class Areas:
         self._lock = threading.Lock()
         self._free: list[Area] = []
         self._in_use = 0
+        self._most = min(MOST_AREAS, descriptor_limit() // DESCRIPTORS_OF_AN_AREA)
 
     def take(self, size: int) -> Area | None:
         """Give an area of at least `size` bytes to one request; None where images must go through Redis."""
@@ -86,12 +94,14 @@ class Areas:
             return None
         capacity = max(LEAST_BYTES, 1 << (size - 1).bit_length())
         with self._lock:
-            if self._in_use >= MOST_AREAS:
+            if self._in_use >= self._most:
                 return None
             area = next((area for area in reversed(self._free) if area.capacity == capacity), None)
             if area is not None:
                 self._free.remove(area)
             else:
+                while self._free and self._in_use + len(self._free) >= self._most:
+                    self._free.pop(0).close()
                 try:
                     area = Area(capacity)
                 except OSError:
@@ -107,7 +117,7 @@ class Areas:
                 self._free.append(area)
             else:
                 area.close()
-            while sum(kept.capacity for kept in self._free) > KEPT_BYTES:
+            while len(self._free) > KEPT_AREAS or sum(kept.capacity for kept in self._free) > KEPT_BYTES:
                 self._free.pop(0).close()
 
     @contextlib.contextmanager

@@ -1,12 +1,17 @@
 """Small things that every process of a service needs."""
 
 import asyncio
+import resource
 import selectors
 import socket
+import subprocess
+import sys
 
 import pytest
 
-from services.processes import StartError, bind, bind_several
+from services.batching.errors import QueueAway
+from services.processes import StartError, bind, bind_several, descriptor_limit
+from tests.services.conftest import ROOT
 
 
 async def answers_at_once(listener: socket.socket) -> bool:
@@ -77,3 +82,30 @@ def test_a_name_is_looked_up_once_for_all_sockets(monkeypatch: pytest.MonkeyPatc
     assert {listener.getsockname()[0] for listener in listeners} == {"127.0.0.2"}
     for listener in listeners:
         listener.close()
+
+
+def test_a_role_may_open_as_many_files_as_the_system_allows() -> None:
+    """The limit that a shell gives is meant for programs of another kind."""
+    program = (
+        "import resource, sys; from services.__main__ import main; main(['list']); "
+        "print(*resource.getrlimit(resource.RLIMIT_NOFILE), file=sys.stderr)"
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+    try:
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert done.stderr.split() == [str(hard)] * 2
+
+
+def test_a_process_out_of_descriptors_does_not_call_redis_missing() -> None:
+    """Whoever reads it looks at the limit, and not for a Redis that is there."""
+    wrapped = ConnectionError("cannot connect")
+    wrapped.__context__ = OSError(24, "Too many open files")
+    for error in (wrapped, wrapped.__context__):
+        said = str(QueueAway.of(error))
+        assert "not available" not in said
+        assert f"all of the {descriptor_limit()} files" in said
+        assert "ulimit -n" in said
+    assert str(QueueAway.of(ConnectionRefusedError(111, "refused"))) == "Redis is not available ([Errno 111] refused)"

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from services.batching.shared import KEPT_BYTES, MOST_AREAS, Area, Areas, MappedAreas, is_supported
+from services.batching.shared import KEPT_AREAS, KEPT_BYTES, MOST_AREAS, Area, Areas, MappedAreas, is_supported
 from services.http.bodies import prepare
 from services.images import decode_batch, decode_json, encode_batch, encode_json
 from services.protocol import Limits
@@ -96,7 +97,8 @@ def test_what_its_api_has_closed_is_not_found() -> None:
 def test_areas_are_bounded_and_used_again() -> None:
     """What is free is bounded in bytes, what is in use in number; beyond that there is the plain way."""
     areas = Areas(enabled=True)
-    taken = [areas.take(1) for _ in range(MOST_AREAS)]
+    taken = [areas.take(1) for _ in range(areas._most)]
+    assert len(taken) <= MOST_AREAS
     assert all(taken)
     assert areas.take(1) is None
     for area in taken:
@@ -112,6 +114,43 @@ def test_areas_are_bounded_and_used_again() -> None:
     assert sum(area.capacity for area in areas._free) <= KEPT_BYTES
     areas.close()
     assert Areas(enabled=False).take(1) is None
+
+
+def open_descriptors() -> int:
+    """Of this process."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_what_is_free_keeps_few_descriptors_from_connections() -> None:
+    """However many requests there were at once; and areas of another size are closed for those that are wanted."""
+    areas = Areas(enabled=True)
+    before, most = open_descriptors(), areas._most
+    for size in (1, 2**20):
+        taken = [areas.take(size) for _ in range(most)]
+        assert open_descriptors() - before <= 2 * most
+        for area in taken:
+            assert area is not None
+            areas.give(area, reusable=True)
+        del taken, area
+        assert open_descriptors() - before <= 2 * KEPT_AREAS
+    areas.close()
+    assert open_descriptors() == before
+
+
+def test_areas_leave_most_descriptors_to_connections() -> None:
+    """Where the system allows a process few, images go through Redis sooner."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    try:
+        areas = Areas(enabled=True)
+        before = open_descriptors()
+        taken = [areas.take(1) for _ in range(200)]
+        assert open_descriptors() - before <= 1024 // 4
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for area in taken:
+        if area is not None:
+            areas.give(area, reusable=False)
 
 
 def test_a_cancelled_request_leaves_no_area_for_others() -> None:
