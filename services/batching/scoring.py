@@ -6,6 +6,7 @@ Shape suffixes: B images of a batch, H height and W width in pixels, C = 3 chann
 import asyncio
 import contextlib
 import logging
+import operator
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -130,8 +131,8 @@ class Scorer:
                 return [size for work in works for size in await self._score([work])]
             logger.exception("job cannot be scored", extra=fields_of(works[0].delivery))
             line = str(error).splitlines()[0][:200] if str(error) else "no message"
-            index = error.index if isinstance(error, UnfitImage) else None
-            works[0].reply = Reply(error=f"the reward failed: {type(error).__name__}: {line}", index=index)
+            reason = f"the reward failed: {type(error).__name__}: {line}"
+            works[0].reply = Reply(error=reason, index=_index_of(error, len(images_BHWC)))
             return []
         taken_s = time.perf_counter() - started_s
         self._last = (len(images_BHWC), taken_s)
@@ -181,6 +182,17 @@ class Scorer:
 def fields_of(delivery: Delivery) -> dict[str, Any]:
     """What the log says of a job, as `extra` of a record."""
     return {"fields": {"request": delivery.request, "job": delivery.uid}}
+
+
+def _index_of(error: Exception, images: int) -> int | None:
+    """The image that an error names, be it by an index of numpy's; None where there is no such image."""
+    if not isinstance(error, UnfitImage):
+        return None
+    try:
+        index = operator.index(error.index)
+    except TypeError:
+        return None
+    return index if 0 <= index < images else None
 
 
 def _reply(scores_B: NDArray[np.float64], queue_ms: float, score_ms: float) -> Reply:

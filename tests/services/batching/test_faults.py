@@ -11,6 +11,7 @@ from services.batching.errors import DeadlinePassed, ScoringFailed
 from services.batching.scoring import ScorerHung
 from services.batching.submit import SubmitQueue
 from services.batching.worker import Worker, WorkerLimits
+from services.rewards.base import UnfitImage
 from services.rewards.brightness import Brightness
 from tests.services import dummies
 from tests.services.batching.workbench import (
@@ -74,6 +75,24 @@ async def test_plain_numbers_of_any_kind_are_scores(
     """Lists and arrays of any precision."""
     async with working(redis, dummies.Returns(form)):
         assert scores(await api.score(jobs_of(4), deadline_s=20.0)) == pytest.approx(expected(jobs_of(4)), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [(np.argmax([0, 0, 1]), 2), (np.uint8(3), 3), (4, None), (-1, None), (np.int64(-1), None), (1.0, None)],
+)
+async def test_an_index_of_any_kind_is_read_and_one_out_of_range_names_no_image(
+    redis: Redis, api: SubmitQueue, given: object, named: int | None
+) -> None:
+    """A reward takes it from numpy, or miscounts: the request learns why it failed, and the worker goes on."""
+    reward = dummies.Returns(raising(UnfitImage("too dark", given)))  # type: ignore[arg-type]
+    async with working(redis, reward):
+        with pytest.raises(ScoringFailed, match="UnfitImage: too dark") as caught:
+            await api.score(jobs_of(4), deadline_s=20.0)
+        assert caught.value.index == named
+        reward.form = lambda scores_B: scores_B
+        assert scores(await api.score(jobs_of(4), deadline_s=20.0)) == expected(jobs_of(4))
+    assert await redis.xlen(KEYS.dead) == 0
 
 
 async def test_a_worker_that_fails_hands_nothing_back(redis: Redis, api: SubmitQueue) -> None:
