@@ -168,7 +168,11 @@ def url_of(listener: socket.socket) -> str:
 
 
 def stop_on_signals(stop: asyncio.Event, numbers: Iterable[signal.Signals]) -> list[int]:
-    """Set an event on any of these signals; return the list that will hold those received."""
+    """Set an event on any of these signals; return the list that will hold those received.
+
+    A SIGHUP that was ignored from the start, as under `nohup`, stays so. The others do not: a shell has SIGINT ignored
+    by what a script starts in the background, and whoever sends it there means it.
+    """
     received: list[int] = []
 
     def on_signal(number: int) -> None:
@@ -177,6 +181,8 @@ def stop_on_signals(stop: asyncio.Event, numbers: Iterable[signal.Signals]) -> l
 
     loop = asyncio.get_running_loop()
     for number in numbers:
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue
         loop.add_signal_handler(number, on_signal, number)
     return received
 

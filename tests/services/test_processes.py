@@ -1,8 +1,10 @@
 """Small things that every process of a service needs."""
 
 import asyncio
+import os
 import resource
 import selectors
+import signal
 import socket
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import sys
 import pytest
 
 from services.batching.errors import QueueAway
-from services.processes import StartError, bind, bind_several, descriptor_limit
+from services.processes import StartError, bind, bind_several, descriptor_limit, stop_on_signals
 from tests.services.conftest import ROOT
 
 
@@ -109,3 +111,23 @@ def test_a_process_out_of_descriptors_does_not_call_redis_missing() -> None:
         assert f"all of the {descriptor_limit()} files" in said
         assert "ulimit -n" in said
     assert str(QueueAway.of(ConnectionRefusedError(111, "refused"))) == "Redis is not available ([Errno 111] refused)"
+
+
+@pytest.mark.parametrize(("handler", "expected"), [(signal.SIG_IGN, []), (signal.SIG_DFL, [signal.SIGHUP])])
+def test_what_nohup_started_outlives_its_terminal(handler: signal.Handlers, expected: list[int]) -> None:
+    """The end of a terminal stops what was started from it, unless that was told to ignore it."""
+
+    async def end_terminal() -> list[int]:
+        stop = asyncio.Event()
+        received = stop_on_signals(stop, (signal.SIGTERM, signal.SIGHUP))
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await stop.wait()
+        await asyncio.sleep(0.05)
+        return [number for number in received if number != signal.SIGTERM]
+
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        assert asyncio.run(end_terminal()) == expected
+    finally:
+        signal.signal(signal.SIGHUP, before)
