@@ -44,6 +44,7 @@ class Submitted:
         reply: what is awaited.
         entry: id of its entry in the stream; None until it is there.
         is_sent: whether Redis may hold anything of it.
+        on_way: what puts it into the stream; a Redis that hangs may do so long after its caller has left.
         lost: whether a worker has said that it cannot get at the images.
         is_shared: whether a worker is to find the images in shared memory, not in Redis.
     """
@@ -55,6 +56,7 @@ class Submitted:
     reply: asyncio.Future[Reply]
     entry: bytes | None = None
     is_sent: bool = False
+    on_way: asyncio.Task[None] | None = None
     lost: bool = False
     is_shared: bool = False
 

@@ -188,6 +188,19 @@ redis.call('UNLINK', KEYS[3])
 """
 )
 
+OWN = (
+    _PRELUDE
+    + """
+-- KEYS jobs; ARGV reply_key: the jobs of one API, as {id, uid, images, bytes} each.
+local own = {}
+for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+')) do
+  local fields = table_of(entry[2])
+  if fields.reply == ARGV[1] then own[#own + 1] = {entry[1], fields.uid, fields.images, fields.bytes} end
+end
+return own
+"""
+)
+
 RENEW = (
     _PRELUDE
     + """

@@ -83,6 +83,7 @@ class SubmitQueue:
             head=[queue_images, queue_bytes, KEY_TTL_MS, self._reply_key, self._alive_ms],
         )
         self._drop_job = redis.register_script(lua.DROP)
+        self._own = redis.register_script(lua.OWN)
         self._tidy = redis.register_script(lua.TIDY)
         self._survey = redis.register_script(lua.SURVEY)
 
@@ -190,19 +191,11 @@ class SubmitQueue:
 
     async def _submit_shared(self, submitted: Sequence[Submitted]) -> None:
         """Put all jobs into the stream at once, if there is room: what is shared needs no upload and no reservation."""
+        submitting = asyncio.create_task(self._put_shared(submitted))
         for job in submitted:
             job.is_sent = job.is_shared = True
-        submitting = asyncio.create_task(self._put_shared(submitted))
-        try:
-            await asyncio.shield(submitting)
-        except asyncio.CancelledError:
-            await self._clean_up(self._settle(submitting))
-            raise
-
-    @staticmethod
-    async def _settle(task: "asyncio.Task[None]") -> None:
-        with contextlib.suppress(RedisError, OSError, QueueFull):
-            await task
+            job.on_way = submitting
+        await asyncio.shield(submitting)
 
     async def _put_shared(self, submitted: Sequence[Submitted]) -> None:
         images, size_bytes = sum(job.images for job in submitted), sum(job.size_bytes for job in submitted)
@@ -239,6 +232,8 @@ class SubmitQueue:
             for job in submitted:
                 await self._upload(job)
             enqueuing = asyncio.create_task(self._put(submitted, member))
+            for job in submitted:
+                job.on_way = enqueuing
             await asyncio.shield(enqueuing)
         except BaseException:
             await self._clean_up(self._give_up(member, images, size_bytes, enqueuing))
@@ -284,13 +279,26 @@ class SubmitQueue:
             await self._withdraw(keys=[self._keys.uploads, self._keys.load], args=[member, images, size_bytes])
 
     async def _drop(self, jobs: Sequence[Submitted]) -> None:
-        """Take jobs that nobody waits for out of the queue; if Redis is away, whoever tidies up does it later."""
+        """Take jobs that nobody waits for out of the queue, once they are there; `_drop_strays` does what fails."""
+        if on_way := {job.on_way for job in jobs if job.on_way is not None}:
+            await asyncio.wait(on_way)
         with contextlib.suppress(RedisError, OSError):
             for job in jobs:
-                await self._drop_job(
-                    keys=[self._keys.jobs, self._keys.load, self._keys.payload(job.uid), self._keys.events],
-                    args=[GROUP, job.entry or "0-0", job.images, job.size_bytes],
-                )
+                if job.is_sent:
+                    await self._drop_entry(job.entry or b"0-0", job.uid, job.images, job.size_bytes)
+
+    async def _drop_entry(self, entry: bytes, uid: str, images: int, size_bytes: int) -> None:
+        keys = [self._keys.jobs, self._keys.load, self._keys.payload(uid), self._keys.events]
+        await self._drop_job(keys=keys, args=[GROUP, entry, images, size_bytes])
+
+    async def _drop_strays(self) -> None:
+        """Drop the jobs in the stream whose callers have left.
+
+        As where Redis took a submission for which its client had not waited, or could not be told to drop it.
+        """
+        for entry, uid, images, size_bytes in await self._own(keys=[self._keys.jobs], args=[self._reply_key]):
+            if uid.decode() not in self._submitted:
+                await self._drop_entry(entry, uid.decode(), int(images), int(size_bytes))
 
     async def _read_replies(self) -> None:
         """Hand replies to those who wait; while Redis is away, try again."""
@@ -332,12 +340,13 @@ class SubmitQueue:
                 job.reply.set_result(reply)
 
     async def _beat(self) -> None:
-        """Six times a lease, or at once where something may be lost: say that we live, and find what is lost."""
+        """Six times a lease, or at once where something may be lost: say that we live, find what is lost or left."""
         while True:
             try:
                 self._look_now.clear()
                 await say_alive(self._redis, self._reply_key + lua.ALIVE, self._alive_ms)
                 await self._resubmit_lost()
+                await self._drop_strays()
                 await tidy(self._tidy, self._keys)
                 self._away = None
             except Exception as error:  # noqa: BLE001 - without this task the jobs would be taken for a dead API's

@@ -124,10 +124,11 @@ async def test_a_job_that_nobody_cancels_goes_after_its_deadline(
 ) -> None:
     """Even while its API lives, as when the cancelling itself failed."""
 
-    async def lost(_: object) -> None:
+    async def lost(*_: object) -> None:
         return
 
-    monkeypatch.setattr(api, "_drop", lost)
+    for name in ("_drop", "_drop_strays"):
+        monkeypatch.setattr(api, name, lost)
     with pytest.raises(Exception, match="deadline"):
         await api.score(jobs_of(8), deadline_s=0.2)
     await wait_until_async(lambda: has_jobs(redis, 0))

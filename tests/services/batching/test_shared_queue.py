@@ -1,18 +1,25 @@
 """Jobs whose images lie in shared memory, through a real Redis: the same answers, and the plain way where need be."""
 
 import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 from redis.asyncio import Redis
 
-from services.batching.errors import QueueFull
+from services.batching.errors import QueueAway, QueueFull
 from services.batching.jobs import Job
 from services.batching.shared import Areas, is_supported
+from services.batching.streams import connect
 from services.batching.submit import SubmitQueue
 from services.http.bodies import prepare
 from services.images import decode_batch, encode_batch
 from services.protocol import Limits
+from services.redis_server import RedisServer
 from services.rewards.brightness import Brightness
 from tests.services.batching.workbench import (
     KEYS,
@@ -76,3 +83,52 @@ async def test_a_full_queue_refuses_shared_jobs_as_well(redis: Redis, api: Submi
     with pytest.raises(QueueFull):
         await api.score(many, deadline_s=5.0)
     await assert_nothing_left(redis)
+
+
+@contextlib.contextmanager
+def frozen(server: RedisServer) -> Iterator[None]:
+    """A Redis that takes what it is sent and does nothing until the end of the block."""
+    assert server.process is not None
+    os.kill(server.process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server.process.pid, signal.SIGCONT)
+
+
+async def dropped(api: SubmitQueue) -> int:
+    """Jobs that were removed unscored."""
+    return (await api.survey()).events.dropped
+
+
+@pytest.mark.parametrize("lease_ms", [60_000])
+async def test_a_client_that_leaves_while_redis_hangs_leaves_no_job(
+    redis: Redis, api: SubmitQueue, redis_server: RedisServer
+) -> None:
+    """Its jobs are dropped as soon as Redis has taken them, however long it took."""
+    jobs = [replace(job, shared='[1,0,"reward-elsewhere",100,0,4]') for job in jobs_of(8)]
+    await api.survey()
+    with frozen(redis_server):
+        asking = asyncio.create_task(api.score(jobs, deadline_s=20.0))
+        await asyncio.sleep(0.1)
+        asking.cancel()
+        started_s = time.monotonic()
+        await asyncio.wait([asking])
+        assert time.monotonic() - started_s < 5
+    await wait_until_async(lambda: dropped(api), timeout_s=5)
+    await assert_nothing_left(redis)
+    assert await dropped(api) == 2
+
+
+async def test_what_redis_takes_of_an_api_that_has_given_up_is_dropped(redis: Redis, redis_server: RedisServer) -> None:
+    """The API took it for failed, and its client may have sent it again: nobody waits for the first."""
+    jobs = [replace(job, shared='[1,0,"reward-elsewhere",100,0,4]') for job in jobs_of(8)]
+    impatient = connect(redis_server.url, timeout_s=1.2)
+    async with SubmitQueue(impatient, KEYS, queue_images=64, queue_bytes=2**20, lease_ms=LEASE_MS) as api:
+        await api.survey()
+        with frozen(redis_server), pytest.raises(QueueAway):
+            await api.score(jobs, deadline_s=60.0)
+        await wait_until_async(lambda: dropped(api), timeout_s=5)
+        await assert_nothing_left(redis)
+        assert await dropped(api) == 2
+    await impatient.aclose()
