@@ -26,7 +26,7 @@ def show_dead(name: str, redis_url: str, settings: Settings, *, as_json: bool) -
     Args:
         name: the reward, as `services.rewards.create_reward` knows it.
         redis_url: where the queue lives.
-        settings: timeouts.
+        settings: timeouts, and what the reward was told.
         as_json: one JSON object a line in place of a table.
 
     Returns:
@@ -36,7 +36,7 @@ def show_dead(name: str, redis_url: str, settings: Settings, *, as_json: bool) -
         services.rewards.UnknownReward: there is no such reward.
         StartError: Redis cannot be reached.
     """
-    reward = create_reward(name)
+    reward = create_reward(name, settings.reward_options)  # by them it has another version, and another queue
     try:
         letters = asyncio.run(_read(redis_url, Keys(reward.name, reward.version), settings))
     except (RedisError, OSError) as error:

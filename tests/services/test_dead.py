@@ -7,6 +7,8 @@ import pytest
 from redis import Redis
 
 from services.batching.keys import Keys
+from services.rewards import create_reward
+from services.rewards.options import RewardOptions
 from tests.services.conftest import Process
 
 pytestmark = pytest.mark.redis
@@ -41,6 +43,19 @@ def test_it_shows_the_dead_letters(start: Callable[..., Process], redis_url: str
     text = table.rest_of_stdout().decode()
     assert "Dead letters of brightness 1: 1" in text
     assert "my-request" in text
+
+
+def test_it_shows_the_letters_of_a_reward_as_it_is_told_to_be(start: Callable[..., Process], redis_url: str) -> None:
+    """What a reward is told makes its version, and by that its queue."""
+    reward = create_reward("mini-clip", RewardOptions(clip_prompt="a painting"))
+    with Redis.from_url(redis_url) as redis:
+        key = Keys(reward.name, reward.version).dead
+        redis.xadd(key, {**LETTER, "submitted": 1_700_000_000_000})
+        redis.expire(key, 60)
+    for prompt, letters in (("a painting", 1), ("", 0)):
+        shown = start("dead", "mini-clip", "--json", REDIS_URL=redis_url, REWARD_CLIP_PROMPT=prompt)
+        assert shown.wait() == 0
+        assert len(shown.rest_of_stdout().splitlines()) == letters
 
 
 def test_without_redis_it_is_one_line(start: Callable[..., Process]) -> None:
