@@ -1,5 +1,6 @@
 """One request to a reward service and its answer: sent until it succeeds, is refused, or attempts or time are spent."""
 
+import asyncio
 import math
 import re
 from typing import TypeVar
@@ -88,8 +89,14 @@ class Exchange:
         left_ms = max(1, int(1000 * min(self._timeout_s, budget.left_s)))
         headers = {**(headers or {}), protocol.HEADER_DEADLINE_MS: str(left_ms)}
         try:
-            async with self.http.stream(method, self.url + path, content=content, headers=headers) as answer:
+            # The timeouts of the connection are those of single reads: an answer that drips in would pass them all.
+            async with (
+                asyncio.timeout(self._timeout_s),
+                self.http.stream(method, self.url + path, content=content, headers=headers) as answer,
+            ):
                 body = await self._read(answer)
+        except TimeoutError as error:
+            raise TryAgain(f"no whole answer within {self._timeout_s:g} s") from error
         except httpx.TransportError as error:
             raise TryAgain(one_line(error)) from error
         except httpx.DecodingError as error:

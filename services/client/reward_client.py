@@ -73,7 +73,7 @@ class RewardClient:
         Args:
             url: address of the service, `http://` or `https://`.
             token: bearer token, if the service wants one.
-            timeout_s: longest wait for one answer, in seconds.
+            timeout_s: of one attempt, from its first byte to the last of its answer, in seconds.
             attempts: how often one request may fail; an answer that asks to come back later (429 or 503 with
                 Retry-After) does not count, for the deadline of `score` bounds them all.
             concurrency: requests for scores in flight at once; one that waits for its next attempt counts.

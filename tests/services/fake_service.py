@@ -106,12 +106,14 @@ class SocketService:
         accepted: connections so far.
         keys: the idempotency key of each request for scores, in order of arrival.
         cut_answers: so many of the next answers break off in their middle.
+        dripped_answers: so many of the next answers come a byte at a time, with pauses, and have no end.
     """
 
     url: str = ""
     accepted: int = 0
     keys: list[str] = field(default_factory=list)
     cut_answers: int = 0
+    dripped_answers: int = 0
 
     async def serve_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer the requests of one connection, which stays open between them."""
@@ -126,6 +128,13 @@ class SocketService:
                     self.keys.append(headers[protocol.HEADER_IDEMPOTENCY_KEY.lower()])
                     images_HWC = decode(headers["content-type"], body).images_HWC
                     text = json.dumps(answer([content(image_HWC) for image_HWC in images_HWC])).encode()
+                if self.dripped_answers and start.startswith("POST"):
+                    self.dripped_answers -= 1
+                    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+                    while True:
+                        writer.write(b" ")
+                        await writer.drain()
+                        await asyncio.sleep(0.05)
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(text))
                 if self.cut_answers and start.startswith("POST"):
                     self.cut_answers -= 1

@@ -85,6 +85,25 @@ async def test_an_answer_that_breaks_off_is_asked_for_again() -> None:
     assert service.accepted == 2
 
 
+async def test_an_answer_that_drips_in_is_given_up_and_asked_for_again() -> None:
+    """On a real connection, where a byte now and then passes the timeout of each reading."""
+    async with socket_service() as service, RewardClient(service.url, timeout_s=0.5) as client:
+        service.dripped_answers = 1
+        started_s = time.monotonic()
+        assert (await client.score(IMAGES[:2], deadline_s=20)).scores.tolist() == SCORES[:2]
+        assert 0.5 <= time.monotonic() - started_s < 10
+    assert len(service.keys) == 2
+
+
+async def test_attempts_that_drip_in_are_finite() -> None:
+    """Each is a failure; the error says how long one was waited for."""
+    async with socket_service() as service, RewardClient(service.url, timeout_s=0.3, attempts=2) as client:
+        service.dripped_answers = 9
+        with pytest.raises(RewardUnavailable, match=r"after 2 attempts \(no whole answer within 0\.3 s\)"):
+            await client.score(IMAGES[:2], deadline_s=20)
+    assert len(service.keys) == 2
+
+
 @pytest.mark.parametrize("failure", [httpx.ConnectError("refused"), problem(502, **{"Retry-After": "0"})])
 async def test_attempts_are_finite(failure: httpx.Response | Exception) -> None:
     """A service that stays away is reported with its last word; a gateway that names a time is no service."""
