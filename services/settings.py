@@ -31,7 +31,12 @@ class Settings(BaseSettings):
     """What a service may be told; the defaults suit one machine."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_ignore_empty=True, frozen=True, populate_by_name=True, extra="ignore"
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        frozen=True,
+        populate_by_name=True,
+        extra="ignore",
+        allow_inf_nan=False,
     )
 
     redis_url: str | None = Field(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.settings import Settings, count_in, variables
+from services.settings import Settings, SettingsError, count_in, load_settings, variables
 from tests.services.conftest import ROOT
 
 
@@ -21,6 +21,18 @@ def test_the_page_lists_every_setting_with_its_default() -> None:
         for variable, setting in settings
     }
     assert shown == expected
+
+
+FLOATS = [name for name, setting in Settings.model_fields.items() if setting.annotation is float]
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+@pytest.mark.parametrize("name", FLOATS)
+def test_what_is_no_finite_number_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a timer nor Redis can wait for ever: it would be an error of every request."""
+    monkeypatch.setenv(f"REWARD_{name.upper()}", value)
+    with pytest.raises(SettingsError, match=f"REWARD_{name.upper()}: Input should be a finite number"):
+        load_settings()
 
 
 def test_api_processes_share_the_bound_of_what_they_hold() -> None:
