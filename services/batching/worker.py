@@ -162,6 +162,7 @@ class Worker:
         with contextlib.suppress(RedisError, OSError):
             await self._queue.ensure_group()
             self._away_since_s = None
+            await self._queue.keep_alive()  # not with the next beat: until then the APIs would not be ready
 
     async def _beat(self) -> None:
         """Three times a lease: say that we live, renew the lease of what we hold, drop what nobody waits for."""

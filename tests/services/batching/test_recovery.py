@@ -184,6 +184,15 @@ async def test_the_survey_tells_waiting_leased_and_handed_back(redis: Redis, api
     assert sum(events.batches) >= 1
 
 
+@pytest.mark.parametrize("lease_ms", [60_000])
+async def test_an_api_is_ready_as_soon_as_its_worker_is_back(redis: Redis, api: SubmitQueue) -> None:
+    """A Redis that lost its data lost the worker's sign of life, too; its next is a third of a lease away."""
+    async with working(redis, Brightness(), replace(LIMITS, lease_s=60.0)):
+        await asyncio.sleep(0.1)  # its first beat is over
+        await redis.flushall()
+        await wait_until_async(api.ready, timeout_s=2)
+
+
 async def test_an_idle_worker_outlives_any_number_of_short_outages(redis: Redis) -> None:
     """Only one that lasts longer than its patience ends it, not two that lie further apart than that."""
     limits = replace(LIMITS, patience_s=0.3)
