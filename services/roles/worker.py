@@ -58,7 +58,8 @@ def run_worker(name: str, redis_url: str, settings: Settings, *, announces: bool
 def _end_if_stuck(after_s: float) -> Iterator[None]:
     """End this process, with the stacks of its threads on stderr, should the block not end in time.
 
-    The limit of a forward pass is kept by the event loop, which does not run while native code holds the GIL.
+    The limit of a forward pass is kept by the event loop, which does not run while native code holds the GIL. A process
+    that was stopped for all of this time may end as it wakes: it cannot tell that from native code.
     """
     faulthandler.dump_traceback_later(after_s, exit=True, file=STDERR)
     try:
