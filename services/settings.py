@@ -66,8 +66,8 @@ class Settings(BaseSettings):
     shared_memory: bool = Field(
         default=False, description="whether pixels reach workers of the API's own host without Redis; `serve` sets it"
     )
-    job_images: int = Field(default=16, ge=1, description="images in one job")
-    job_bytes: int = Field(default=4 * 2**20, ge=1, description="bytes of pixels in one job of several images")
+    job_images: int = Field(default=16, ge=1, description="images in one job, where pixels go through Redis")
+    job_bytes: int = Field(default=4 * 2**20, ge=1, description="likewise bytes of pixels in one job of several images")
     queue_images: int = Field(default=2048, ge=1, description="images that may wait or be in work; beyond it 429")
     queue_bytes: int = Field(default=512 * 2**20, ge=1, description="likewise in bytes of pixels")
     retry_after_s: int = Field(default=1, ge=1, description="Retry-After of a full queue")

@@ -41,6 +41,14 @@ def test_api_processes_share_the_bound_of_what_they_hold() -> None:
     assert [settings.held_bytes(count) for count in (1, 2, 4)] == [2**26, 2**25, 2**25]
 
 
+def test_shared_memory_leaves_jobs_to_the_bound_of_a_forward_pass() -> None:
+    """Small jobs are for the sake of Redis, through which no pixels go there."""
+    bounds = {"job_images": 2, "job_bytes": 100, "max_batch": 32}
+    through_redis, shared = Settings(**bounds), Settings(**bounds, shared_memory=True)
+    assert (through_redis.images_per_job, through_redis.bytes_per_job) == (2, 100)
+    assert (shared.images_per_job, shared.bytes_per_job) == (32, shared.max_body_bytes)
+
+
 def test_an_api_counts_where_it_is_told_to_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """prometheus-client reads its variable in small letters, too, and an empty one; what the user set is for others."""
     monkeypatch.setattr(os, "environ", {"prometheus_multiproc_dir": "", "PROMETHEUS_MULTIPROC_DIR": "/theirs"})
