@@ -47,7 +47,7 @@ class ServeOptions:
         log_file: where the log goes, or None for stderr.
         verbose: whether the children log more than warnings.
         redis_url: where the queue lives, or None for a Redis of our own.
-        queue_bytes: bound of the queue, by which our own Redis is sized.
+        queue_bytes: bound of each reward's queue, by which our own Redis is sized.
         api_processes: of each reward.
     """
 
@@ -93,7 +93,7 @@ async def _supervise(options: ServeOptions, listeners: Sequence[Sequence[socket.
         redis = None
         redis_url = options.redis_url
         if redis_url is None:
-            redis = stack.enter_context(RedisServer(max_memory_bytes=2 * options.queue_bytes + REDIS_SPARE_BYTES))
+            redis = stack.enter_context(RedisServer(max_memory_bytes=_redis_bytes(options)))
             redis_url = redis.url
         metrics = stack.enter_context(_metrics_folder()).path if options.api_processes > 1 else None
         children = _children(options, listeners, redis_url, metrics)
@@ -105,6 +105,14 @@ async def _supervise(options: ServeOptions, listeners: Sequence[Sequence[socket.
                 listener.close()  # so that no connection waits for an API that will not come back
             await _stop(children, received, GRACE_S if stop.is_set() else BROKEN_GRACE_S)
     return EXIT_INTERRUPTED if signal.SIGINT in received else 0
+
+
+def _redis_bytes(options: ServeOptions) -> int:
+    """What our own Redis may take: the queues of all rewards at their bounds, twice.
+
+    While images are on their way in or out, buffers hold them once more.
+    """
+    return 2 * options.queue_bytes * len(options.names) + REDIS_SPARE_BYTES
 
 
 def _metrics_folder() -> OwnFolder:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from redis import Redis
 
+from services import supervisor
 from services.batching.keys import Keys
 from services.batching.streams import GROUP
 from services.client import RewardClient, RewardRefused, ScoreResult
@@ -25,6 +26,7 @@ from services.images import encode_batch
 from services.protocol import MEDIA_SAFETENSORS
 from services.redis_server import DIRECTORY_PREFIX, RedisMissing, RedisServer, find_redis
 from services.rewards.brightness import Brightness
+from services.supervisor import ServeOptions, serve
 from tests.services.conftest import ROOT, Process, descendants, is_alive, random_images, wait_until
 
 pytestmark = pytest.mark.redis
@@ -351,6 +353,36 @@ def test_a_killed_worker_is_replaced_and_every_image_answered_once(
     for process in (second, api):
         process.send(signal.SIGTERM)
     assert [second.wait(), api.wait()] == [0, 0]
+
+
+@pytest.mark.parametrize("rewards", [1, 3])
+def test_the_embedded_redis_holds_the_queues_of_all_rewards(rewards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queue is full at its own bound, with 429, and not because those of others are."""
+    made: list[int] = []
+
+    class Sized(RedisServer):
+        """One whose size is noted, and which does not start."""
+
+        def __init__(self, *, max_memory_bytes: int) -> None:
+            made.append(max_memory_bytes)
+            raise RedisMissing("of a test")
+
+    monkeypatch.setattr(supervisor, "RedisServer", Sized)
+    options = ServeOptions(
+        names=["brightness"] * rewards,
+        host="127.0.0.1",
+        port=0,
+        announces=False,
+        until_stdin_closes=False,
+        log_file=None,
+        verbose=False,
+        redis_url=None,
+        queue_bytes=2**30,
+        api_processes=1,
+    )
+    with pytest.raises(RedisMissing, match="of a test"):
+        serve(options)
+    assert made[0] > rewards * options.queue_bytes
 
 
 def test_the_embedded_redis_is_private_and_goes_with_its_owner() -> None:
