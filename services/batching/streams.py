@@ -348,7 +348,7 @@ class WorkQueue:
         return len(sizes) + 2
 
     async def hand_back(self) -> None:
-        """Give back all jobs in hand, for others to take at once, and leave the group."""
+        """Give back all jobs in hand, for others to take when they next look for such, and leave the group."""
         await self._hand_back(keys=[self._keys.jobs], args=[GROUP, self._consumer, self._lease_ms, lua.HANDED_BACK])
         pipe = self._redis.pipeline(transaction=False)
         if self._count_batches(pipe):
