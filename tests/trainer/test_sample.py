@@ -129,6 +129,33 @@ def test_a_run_is_found_by_its_folder_a_state_or_its_checkpoint(run: Path) -> No
 
 
 @pytest.mark.redis
+def test_a_run_is_found_from_within(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has its name also where its path has none."""
+    for folder, text, name in (
+        ("states/step_00000002", ".", "tiny@2"),
+        ("states", "step_00000001", "tiny@1"),
+        ("checkpoint", "..", "tiny"),
+        (".", ".", "tiny"),
+        (".", "checkpoint/var.safetensors", "tiny"),
+    ):
+        monkeypatch.chdir(run / folder)
+        (source,) = find_sources([text], None)
+        assert source.name == name
+        assert load_policy(source, CPU, "float32").length == 21
+
+
+@pytest.mark.redis
+def test_what_lies_among_the_states_is_refused(run: Path, tmp_path: Path, sample: Sample) -> None:
+    """By one line, as itself and as the last state of its run."""
+    (tmp_path / "tiny" / "states" / "step_00000002 (copy)").mkdir(parents=True)
+    for name in ("config.yaml", "checkpoint/var.safetensors"):
+        (tmp_path / "tiny" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "tiny" / name).write_bytes((run / name).read_bytes())
+    for folder in (tmp_path / "tiny" / "states" / "step_00000002 (copy)", tmp_path / "tiny"):
+        assert_failed(sample(folder, "--out", tmp_path / "a.png"), "step_00000002 (copy): no state", code=2)
+
+
+@pytest.mark.redis
 def test_an_unfinished_run_is_its_last_state(run: Path, tmp_path: Path) -> None:
     """Without a checkpoint; with a state later than the checkpoint, for the run went on."""
     copy = tmp_path / "copy"

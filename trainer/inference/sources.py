@@ -82,7 +82,7 @@ def _find(text: str, vqvae: str | None) -> PolicySource:
         run = path.parent.parent if path.parent.name == CHECKPOINT.parent.name else None
         if vqvae is None and run is not None and (run / "config.yaml").is_file():
             settings = read_settings(run)
-            return PolicySource(run.name, text, settings.model.vqvae, settings.model.classifier, settings)
+            return PolicySource(run.resolve().name, text, settings.model.vqvae, settings.model.classifier, settings)
         return _of_file(path.stem, text, vqvae)
     if text.startswith(f"{PUBLISHED_REPOSITORY}:"):
         file = text.partition(":")[2]
@@ -119,14 +119,23 @@ def _of_folder(folder: Path) -> PolicySource:
         run.resolve().name, settings.model.var, settings.model.vqvae, settings.model.classifier, settings
     )
     if is_state:
-        return replace(source, name=f"{source.name}@{int(folder.name.removeprefix('step_'))}", state=folder)
+        state = folder if folder.name.startswith("step_") else folder.resolve()  # `.`, or a link
+        return replace(source, name=f"{source.name}@{_step_of(state)}", state=state)
     last = max((run / STATES).glob("step_*"), default=None)
     file = run / CHECKPOINT
-    if file.is_file() and (last is None or _steps_of(file) >= int(last.name.removeprefix("step_"))):
+    if file.is_file() and (last is None or _steps_of(file) >= _step_of(last)):
         return replace(source, var=str(file))
     if last is None:
         raise ConfigError(f"{folder}: the run has neither a state nor a checkpoint yet; let it take a step")
     return replace(source, state=last)
+
+
+def _step_of(state: Path) -> int:
+    """After which step a state was saved, by the name of its folder."""
+    step = state.name.removeprefix("step_")
+    if not step.isdecimal():
+        raise ConfigError(f"{state}: no state, for its name is not step_NNNNNNNN; name another, or move it away")
+    return int(step)
 
 
 def _steps_of(file: Path) -> int:
