@@ -193,6 +193,7 @@ def test_a_folder_of_another_runs_name_is_not_gone_on_in(bench: Bench, tmp_path:
         (folder / "states" / "step_00000000").mkdir(parents=True)
         settings = run.config.model_copy(update={"run": run.config.run.model_copy(update={"name": own})})
         (folder / "config.yaml").write_text(yaml.safe_dump(settings.to_dict()))
+    (folders[1] / "states" / "step_00000000 (copy)").mkdir()
     assert latest(run) == find(run) == folders[1]
     (folders[2] / "config.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"tiny-seed-0-3/config\.yaml: not the settings of a run"):

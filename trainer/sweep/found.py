@@ -64,7 +64,8 @@ def _check(run: Run, folder: Path) -> None:
     except CheckpointError as error:
         raise ConfigError(f"{str(error).rpartition('; ')[0]}; {REMEDY}") from error
     summary, wanted = read_summary(folder), run.config.run.steps
-    taken = max((int(state.name.removeprefix("step_")) for state in (folder / STATES).glob("step_*")), default=0)
+    steps = (state.name.removeprefix("step_") for state in (folder / STATES).glob("step_*"))
+    taken = max((int(step) for step in steps if step.isdecimal()), default=0)  # a copy among them is no state
     done = max(taken, 0 if summary is None else int(summary["steps"]))
     if done > wanted:
         raise ConfigError(f"{folder}: {done} steps are done, and run.steps is {wanted}; {REMEDY}")
