@@ -106,7 +106,13 @@ def drop_end(folder: Path) -> None:
 
 
 def drop_after(folder: Path, step: int) -> None:
-    """Remove what was drawn and measured after later steps than this one: they are about to be taken again."""
+    """Remove what was drawn and measured after later steps than this one, and what kills left half written.
+
+    Those steps are about to be taken again.
+    """
+    for path in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
+        if path.is_file():
+            path.unlink()
     for path in (*(folder / "grids").glob("step_*.png"), *(folder / "evaluations").glob("step_*.json")):
         if int(path.stem.removeprefix("step_")) > step:
             path.unlink()

@@ -223,10 +223,14 @@ def test_sigterm_in_an_evaluation_in_between_ends_the_run_at_once(
 def test_steps_that_were_given_up_leave_nothing(
     run_here: RunHere, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A finished run that goes on from an earlier state is that of this state, though it is killed before the next."""
+    """A finished run that goes on from an earlier state is that of this state, though it is killed before the next.
+
+    Nor does what an earlier kill left half written.
+    """
     settings = ("--checkpoint.every", 1, "--checkpoint.keep", 9, "--eval.every", 2, "--run.steps")
     assert run_here(recipe, *settings, 4).code == 0
     folder = recipe.parent / "runs" / "tiny"
+    (folder / "grids" / ".step_000003.png.1.tmp").touch()
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -238,7 +242,7 @@ def test_steps_that_were_given_up_leave_nothing(
     assert not (folder / "summary.json").exists()
     assert not (folder / "checkpoint").exists()
     assert sorted(path.name for path in (folder / "states").iterdir()) == ["step_00000000", "step_00000001"]
-    assert sorted(path.stem for path in (folder / "grids").iterdir()) == ["step_000000", "step_000001"]
+    assert sorted(path.name for path in (folder / "grids").iterdir()) == ["step_000000.png", "step_000001.png"]
     assert not list((folder / "evaluations").iterdir())
     assert run_here(recipe, *settings, 5, "--resume").code == 0
     assert [line["step"] for line in lines(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5]
