@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import ValidationError
 
+from services.bounds import MOST_SCANS, scans_of
 from services.protocol import Limits, ScoreRequest
 from services.rgb import to_rgb
 
@@ -267,7 +268,7 @@ def decode_picture(data: bytes, index: int, limits: Limits, *, room_bytes: int) 
         uint8 (H, W, 3).
 
     Raises:
-        ItemInvalid: not a picture, truncated, animated, or too many pixels.
+        ItemInvalid: not a picture, truncated, animated, or too many pixels or scans.
         BodyTooLarge: the batch's pixels take more than its room.
     """
     try:
@@ -285,6 +286,8 @@ def decode_picture(data: bytes, index: int, limits: Limits, *, room_bytes: int) 
                 )
             if picture.format != "MPO" and getattr(picture, "n_frames", 1) != 1:
                 raise ItemInvalid(index, f"image {index} is animated: send a single frame")
+            if picture.format in {"JPEG", "MPO"} and (scans := scans_of(data)) > MOST_SCANS:
+                raise ItemInvalid(index, f"image {index} is a JPEG of {scans} scans, limit {MOST_SCANS}: write it anew")
             if picture.format == "PNG" and data.rfind(PNG_END) == -1:
                 raise ItemInvalid(index, f"image {index} is cut off before the end of its PNG: send a whole file")
             picture.load()

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from PIL import Image, ImageCms
 
+from services.bounds import MOST_SCANS, scans_of
 from services.images import (
     Batch,
     BodyError,
@@ -170,6 +171,29 @@ def test_what_cannot_be_read_is_refused_by_its_index(bad: bytes) -> None:
         decode_json(json_body(good, bad, good), LIMITS)
     assert caught.value.index == 1
     assert "image 1" in str(caught.value)
+
+
+def of_scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again, until there are so many: 16 bytes each."""
+    whole = picture(Image.new("L", (64, 64), 128), "JPEG", progressive=True)
+    scans = whole.count(b"\xff\xda")
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    return whole[:-2] + last * (count - scans) + whole[-2:]
+
+
+def test_a_jpeg_of_countless_scans_is_refused() -> None:
+    """Each costs as much as a picture, and a few kilobytes hold thousands; by its index, like any bad picture."""
+    assert decode_json(json_body(of_scans(100)), LIMITS).images_HWC[0].shape == (64, 64, 3)
+    with pytest.raises(ItemInvalid, match="image 1 is a JPEG of 101 scans, limit 100"):
+        decode_json(json_body(of_scans(6), of_scans(101)), LIMITS)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_no_encoder_comes_near_the_bound_on_scans(mode: str) -> None:
+    """A twentieth or a fifth of it are in a picture; the markers of a scan within a film behind it are no scans."""
+    whole = picture(Image.effect_noise((64, 64), 50).convert(mode), "JPEG", progressive=True, quality=100)
+    assert 1 < scans_of(whole) <= MOST_SCANS / 5
+    assert decode_json(json_body(whole + b"\xff\xda film" * 200), LIMITS).images_HWC[0].shape == (64, 64, 3)
 
 
 def test_base64_is_checked() -> None:
@@ -334,7 +358,15 @@ def test_the_table_of_treatments_is_tested_row_by_row() -> None:
     page = (ROOT / "docs" / "contract.md").read_text("utf-8")
     table = page.split("## Pictures")[1].split("\n## ")[0]
     rows = re.findall(r"^\| ([^|]+?) \| [^|]+ \|$", table, flags=re.MULTILINE)[1:]
-    tested = {*TREATMENTS, "EXIF rotation", "pictures of several sizes", "animation", "not whole", "too many pixels"}
+    tested = {
+        *TREATMENTS,
+        "EXIF rotation",
+        "pictures of several sizes",
+        "animation",
+        "not whole",
+        "too many scans",
+        "too many pixels",
+    }
     assert set(rows) == {*tested, "anything else"}
 
 
