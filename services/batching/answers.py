@@ -72,7 +72,7 @@ class Answers:
                 async with asyncio.timeout_at(gives_up_s):
                     state, *rest = await self._claim(keys=[slot], args=[owner, digest, self._lease_ms])
             except TimeoutError:
-                raise DeadlinePassed(f"Redis did not answer within the deadline of {deadline_s:.3g} s") from None
+                raise DeadlinePassed(f"Redis did not answer in {deadline_s:.3g} s: allow more time") from None
             except (RedisError, OSError) as error:
                 raise QueueAway.of(error) from error
             if state == b"other":

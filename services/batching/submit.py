@@ -180,7 +180,9 @@ class SubmitQueue:
                 return await collect(submitted)
         except TimeoutError:
             why = f" ({self._away})" if self._away else ""
-            raise DeadlinePassed(f"no score within the deadline of {deadline_s:.3g} s{why}: allow more time") from None
+            raise DeadlinePassed(
+                f"no reply in the {deadline_s:.3g} s until the deadline{why}: allow more time"
+            ) from None
         except (RedisError, OSError) as error:
             raise QueueAway.of(error) from error
         finally:

@@ -1,7 +1,7 @@
 """What happens to a request for scores, from its first header to its answer."""
 
 import asyncio
-import functools
+import contextlib
 import hmac
 import math
 import os
@@ -33,7 +33,6 @@ from services.settings import Settings
 
 CLIENT_POLL_S = 0.25
 """How often a waiting request looks whether its client is still there: uvicorn cancels nothing by itself."""
-LEAST_LEFT_S = 0.001
 SHORT_BYTES = 2**20
 """A body up to this size, such as a single picture, is decoded together with others."""
 T = TypeVar("T")
@@ -153,56 +152,62 @@ class ScoreService:
         key = _idempotency_key(request)
         deadline_s = self._deadline_s(request)
         patience = Patience(deadline_s, asyncio.get_running_loop().time() + deadline_s, self.settings.upload_stall_s)
-        with self._held.share() as share, self._areas.lease() as lease:
+        with contextlib.ExitStack() as held:
+            share, lease = held.enter_context(self._held.share()), held.enter_context(self._areas.lease())
             started_s = time.monotonic()
             buffer = lease.memory if decode is decode_batch else None
             body = await read_body(request, self._held, share, self.settings.max_body_bytes, patience, buffer)
             read_s = time.monotonic()
             self.metrics.observe_phase("read", read_s - started_s)
-            prepared = await self._prepare(decode, body, lease, digests=key is not None)
-            del body
+            run = self._preparing(decode, body, lease, digests=key is not None)
+            if decode is decode_batch and key is None:  # which copies nothing
+                prepared = run()
+            else:
+                on_thread = self._turns if len(body) <= SHORT_BYTES else asyncio.to_thread
+                prepared = await _while_wanted(request, patience, held, run, on_thread)
+            del body, run
             if self.info.needs_prompts and not prepared.has_prompts:
                 raise ProblemError("prompts-missing", self._prompts_missing())
             self.metrics.observe_phase("decode", time.monotonic() - read_s)
             self.metrics.observe_size(prepared.images)
             share.grow_to(prepared.size_bytes)
-            return await self._answer(request, request_id, prepared, key, patience.gives_up_s)
+            return await self._answer(request, request_id, prepared, key, patience)
 
-    async def _prepare(self, decode: Decoder, body: Body, lease: Lease, *, digests: bool) -> Prepared:
-        """Decode on a thread, so that pictures do not hold up other requests."""
+    def _preparing(self, decode: Decoder, body: Body, lease: Lease, *, digests: bool) -> Callable[[], Prepared]:
+        """What decodes a body; slow, but for tensors without a digest."""
         settings = self.settings
         bounds = {"job_images": settings.images_per_job, "job_bytes": settings.bytes_per_job}
-        run = functools.partial(prepare, decode, body, self._limits, digests=digests, lease=lease, **bounds)
-        try:
-            if decode is decode_batch and not digests:  # which copies nothing
-                return run()
-            return await (self._turns(run) if len(body) <= SHORT_BYTES else asyncio.to_thread(run))
-        except BodyError as error:
-            kinds = {400: "malformed-body", 413: "batch-too-large", 422: "unreadable-item"}
-            index = error.index if isinstance(error, ItemInvalid) else None
-            raise ProblemError(kinds[error.status], str(error), index=index) from error
+
+        def run() -> Prepared:
+            try:
+                return prepare(decode, body, self._limits, digests=digests, lease=lease, **bounds)
+            except BodyError as error:
+                kinds = {400: "malformed-body", 413: "batch-too-large", 422: "unreadable-item"}
+                index = error.index if isinstance(error, ItemInvalid) else None
+                raise ProblemError(kinds[error.status], str(error), index=index) from error
+
+        return run
 
     async def _answer(
-        self, request: Request, request_id: str, prepared: Prepared, key: str | None, gives_up_s: float
+        self, request: Request, request_id: str, prepared: Prepared, key: str | None, patience: Patience
     ) -> Answer:
         """Have it scored, unless its key has an answer already."""
-        now_s = asyncio.get_running_loop().time
         replayed = True
 
         async def work() -> bytes:
             nonlocal replayed
             replayed = False
-            left_s = max(LEAST_LEFT_S, gives_up_s - now_s())
             return self._content(
-                await self.queue.score(prepared.jobs, deadline_s=left_s, request=request_id), prepared.images
+                await self.queue.score(prepared.jobs, deadline_s=_left_s(patience), request=request_id),
+                prepared.images,
             )
 
-        left_s = max(LEAST_LEFT_S, gives_up_s - now_s())
+        left_s = _left_s(patience)
         asking = work() if key is None else self.queue.once(key, prepared.digest, work, deadline_s=left_s)
         try:
             content = await _while_connected(request, asking)
         except QueueError as error:
-            raise self._problem_of(error) from error
+            raise self._problem_of(error, patience) from error
         return Answer(content, replayed)
 
     def _content(self, replies: Sequence[Reply], images: int) -> bytes:
@@ -219,14 +224,14 @@ class ScoreService:
         answer = ScoreAnswer(scores=scores, reward=self.info.name, version=self.info.version, timing_ms=timing)
         return answer.model_dump_json().encode()
 
-    def _problem_of(self, error: QueueError) -> ProblemError:
+    def _problem_of(self, error: QueueError, patience: Patience) -> ProblemError:
         """What an error of the queue means to the client."""
         if isinstance(error, QueueFull):
             return ProblemError("queue-full", str(error), headers=self._retry_after)
         if isinstance(error, QueueAway):
             return self._not_ready(f"{error}: try again later")
         if isinstance(error, DeadlinePassed):
-            return ProblemError("deadline-passed", str(error))
+            return _too_late(patience, str(error))
         if isinstance(error, KeyReused):
             return ProblemError("idempotency-key-reused", str(error))
         return ProblemError(
@@ -267,6 +272,22 @@ def _idempotency_key(request: Request) -> str | None:
     return text
 
 
+def _left_s(patience: Patience) -> float:
+    """Seconds until the deadline.
+
+    Raises:
+        ProblemError: 504, there are none.
+    """
+    left_s = patience.gives_up_s - asyncio.get_running_loop().time()
+    if left_s <= 0:
+        raise _too_late(patience, "it was over before the images could be queued: allow more time")
+    return left_s
+
+
+def _too_late(patience: Patience, why: str) -> ProblemError:
+    return ProblemError("deadline-passed", f"no score within the deadline of {patience.deadline_s:g} s: {why}")
+
+
 async def _while_connected(request: Request, work: Awaitable[T]) -> T:
     """Wait for the work, and cancel it as soon as the client has left."""
     task = asyncio.ensure_future(work)
@@ -281,3 +302,50 @@ async def _while_connected(request: Request, work: Awaitable[T]) -> T:
         if not task.done():
             task.cancel()
             await asyncio.wait([task])
+
+
+async def _while_wanted(
+    request: Request,
+    patience: Patience,
+    held: contextlib.ExitStack,
+    run: Callable[[], T],
+    on_thread: Callable[[Callable[[], T]], Awaitable[T]],
+) -> T:
+    """Wait for what runs on a thread, until its client has left or its time is over.
+
+    Nothing stops a thread: what goes on after that keeps what the request holds, memory above all, until it ends.
+
+    Args:
+        request: its body has been read.
+        patience: how long to wait.
+        held: what the request holds; empty afterwards if the thread goes on.
+        run: to be run, unless nobody waits for it when its turn comes.
+        on_thread: runs it.
+    """
+    is_wanted = True
+
+    def run_if_wanted() -> T:
+        if not is_wanted:
+            raise RuntimeError("nobody waits for it")
+        return run()
+
+    def end(running: "asyncio.Future[T]") -> None:
+        rest.close()
+        if not running.cancelled():
+            running.exception()  # which nobody waits for either
+
+    running = asyncio.ensure_future(on_thread(run_if_wanted))
+    try:
+        while not running.done():
+            left_s = patience.gives_up_s - asyncio.get_running_loop().time()
+            if left_s <= 0:
+                raise _too_late(patience, "the images were not decoded by then: allow more time, or send less at once")
+            done, _ = await asyncio.wait([running], timeout=min(left_s, CLIENT_POLL_S))
+            if not done and await request.is_disconnected():
+                raise ProblemError("client-gone", "the client left")
+        return running.result()
+    finally:
+        if not running.done():
+            is_wanted = False
+            rest = held.pop_all()
+            running.add_done_callback(end)
