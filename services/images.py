@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import ValidationError
 
-from services.bounds import MOST_SCANS, scans_of
+from services.bounds import MARKS, MOST_SCANS, most_marks, scans_of
 from services.protocol import Limits, ScoreRequest
 from services.rgb import to_rgb
 
@@ -194,13 +194,10 @@ def decode_json(body: bytes | bytearray, limits: Limits) -> Batch:
     Raises:
         BodyMalformed, BodyTooLarge, ItemInvalid: see the module.
     """
-    most_quotes = (
-        4 * limits.max_images + limits.max_images * limits.max_prompt_chars + 8
-    )  # one may be in each character
-    if (
-        quotes := body.count(b'"')
-    ) > most_quotes:  # before parsing: millions of short strings take ten times their size
-        raise BodyTooLarge(f"{quotes} quotation marks, limit {most_quotes}: send fewer images or shorter prompts")
+    most = most_marks(limits)
+    for mark, name in MARKS.items():
+        if (count := body.count(mark)) > most:
+            raise BodyTooLarge(f"{count} {name}, limit {most}: send fewer images or shorter prompts")
     try:
         request = ScoreRequest.model_validate_json(body)
     except ValidationError as error:

@@ -215,13 +215,23 @@ def test_a_header_is_utf8_alone() -> None:
                 decode_batch(body, LIMITS)
 
 
-def test_a_body_of_countless_short_strings_is_refused_unparsed() -> None:
-    """Parsed, it would take ten times its size; a prompt of nothing but quotation marks is still a prompt."""
+@pytest.mark.parametrize(
+    ("item", "count", "name"),
+    [(b'""', 30, "quotation marks"), (b"1", 40, "commas"), (b"[[1]]", 30, "brackets"), (b"{}", 37, "braces")],
+)
+def test_a_body_of_countless_short_values_is_refused_unparsed(item: bytes, count: int, name: str) -> None:
+    """Parsed, it would take many times its size."""
     limits = Limits(max_images=2, max_prompt_chars=10)
-    with pytest.raises(BodyTooLarge, match="quotation marks, limit 36"):
-        decode_json(b'{"images": [' + b'"a",' * 50 + b'"a"]}', limits)
+    with pytest.raises(BodyTooLarge, match=f"{name}, limit 36: send fewer images or shorter prompts"):
+        decode_json(b'{"images": [' + b",".join([item] * count) + b"]}", limits)
+
+
+@pytest.mark.parametrize("mark", ['"', ",", "[", "{"])
+def test_a_prompt_of_nothing_but_marks_is_still_a_prompt(mark: str) -> None:
+    """As long as it may be, for as many images as there may be."""
+    limits = Limits(max_images=2, max_prompt_chars=10)
     picture = base64.b64encode(encode_png(random_images(2, 2, 3))).decode()
-    body = {"images": [picture] * 2, "prompts": ['"' * 10] * 2}
+    body = {"images": [picture] * 2, "prompts": [mark * 10] * 2}
     assert decode_json(json.dumps(body).encode(), limits).prompts == body["prompts"]
 
 
@@ -240,7 +250,7 @@ def test_a_body_of_wrong_items_costs_no_more_than_its_size() -> None:
     tracemalloc.start()
     try:
         with pytest.raises(BodyMalformed, match=r"images\.0: Input should be a valid string"):
-            decode_json(body, LIMITS)
+            decode_json(body, Limits())
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
