@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import ValidationError
 
-from services.bounds import MARKS, MOST_SCANS, most_marks, scans_of
+from services.bounds import HEADER_COMMAS, MARKS, MOST_SCANS, has_more_commas, header_bytes, most_marks, scans_of
 from services.protocol import Limits, ScoreRequest
 from services.rgb import to_rgb
 
@@ -154,7 +154,7 @@ def decode_batch(body: bytes | bytearray | memoryview, limits: Limits) -> Batch:
         BodyMalformed, BodyTooLarge, ItemInvalid: see the module.
     """
     view = memoryview(body).toreadonly()
-    header, data = _split_safetensors(view)
+    header, data = _split_safetensors(view, min(HEADER_LIMIT_BYTES, header_bytes(limits)))
     tensor = header.get(TENSOR_NAME)
     metadata = header.get("__metadata__", {})
     others = set(header) - {TENSOR_NAME, "__metadata__"}
@@ -332,21 +332,25 @@ def encode_png(image_HWC: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def _split_safetensors(view: memoryview) -> tuple[dict[str, Any], memoryview]:
+def _split_safetensors(view: memoryview, most_bytes: int) -> tuple[dict[str, Any], memoryview]:
     """Return the header and the data of a safetensors file."""
     if len(view) < HEADER_LENGTH.size:
         raise BodyMalformed(f"a body of {len(view)} bytes is no safetensors file: send one")
     (length,) = HEADER_LENGTH.unpack_from(view)
     start = HEADER_LENGTH.size
-    if length > min(HEADER_LIMIT_BYTES, len(view) - start):
+    if length > min(most_bytes, len(view) - start):
         raise BodyMalformed(
-            f"the safetensors header claims {length} bytes of {len(view) - start} (limit {HEADER_LIMIT_BYTES}): "
+            f"the safetensors header claims {length} bytes of {len(view) - start} (limit {most_bytes}): "
             "send a whole safetensors file"
         )
     try:
-        header = json.loads(str(view[start : start + length], "utf-8"))  # of bytes json would take UTF-16, too
+        text = str(view[start : start + length], "utf-8")  # of bytes json would take UTF-16, too
+        has_more = has_more_commas(text, HEADER_COMMAS)
+        header = None if has_more else json.loads(text)
     except (ValueError, RecursionError):
         raise BodyMalformed("the safetensors header is not JSON: send a whole safetensors file") from None
+    if has_more:
+        raise BodyMalformed(f"the safetensors header has more than {HEADER_COMMAS} commas: leave other metadata out")
     if not isinstance(header, dict):
         raise BodyMalformed("the safetensors header is no JSON object: send a whole safetensors file")
     return header, view[start + length :]
@@ -356,6 +360,8 @@ def _read_prompts(text: object, count: int, limits: Limits) -> list[str] | None:
     """Read the prompts from the metadata of a safetensors file."""
     if text is None:
         return None
+    if isinstance(text, str) and has_more_commas(text, limits.max_images):
+        raise BodyMalformed(f"more prompts than {limits.max_images} images may have: give one for each, or none")
     try:
         prompts = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):

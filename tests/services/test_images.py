@@ -207,7 +207,7 @@ def test_a_header_is_utf8_alone() -> None:
     header = json.dumps({"images": {"dtype": "U8", "shape": [1, 1, 1, 3], "data_offsets": [0, 3]}})
     for encoding, is_right in (("utf-8", True), ("utf-16", False), ("utf-32", False)):
         data = header.encode(encoding)
-        body = struct.pack("<Q", len(data)) + data + b"abc"
+        body = safetensors_of(data, b"abc")
         if is_right:
             assert len(decode_batch(body, LIMITS).images_HWC) == 1
         else:
@@ -242,6 +242,39 @@ def test_malformed_json_is_refused(body: bytes) -> None:
     """It must be the object that the contract describes."""
     with pytest.raises(BodyMalformed):
         decode_json(body, LIMITS)
+
+
+def safetensors_of(header: bytes, data: bytes) -> bytes:
+    return struct.pack("<Q", len(header)) + header + data
+
+
+@pytest.mark.parametrize("prompt", ["\U0001f5bc", '"', "\\", "\0", ","])
+def test_a_header_has_room_for_all_the_prompts_that_there_may_be(prompt: str) -> None:
+    """However JSON writes them, twice; and for a little of another program's."""
+    prompts = [prompt * LIMITS.max_prompt_chars] * LIMITS.max_images
+    images_BHWC = random_images(LIMITS.max_images, 1, 1, 3)
+    body = safetensors.numpy.save(
+        {"images": images_BHWC}, {"prompts": json.dumps(prompts), "more": "x" * 1000, **dict.fromkeys("abc", ",")}
+    )
+    assert decode_batch(body, LIMITS).prompts == decode_batch(encode_batch(images_BHWC, prompts), LIMITS).prompts
+    assert decode_batch(body, LIMITS).prompts == prompts
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ('{"x":"' + "x" * 80_000 + '"}', r"header claims 80\d{3} bytes of 80\d{3} \(limit 71184\)"),
+        ('{"x":[' + "1," * 1000 + "1]}", "more than 1000 commas"),
+        ('{"x":["' + '\\\\","' * 1000 + '"]}', "more than 1000 commas"),
+        ('{"prompts":"[' + "1," * 9 + '1]"}', "more prompts than 8 images may have"),
+    ],
+    ids=["long", "values", "strings", "prompts"],
+)
+def test_a_header_of_countless_values_is_refused_unparsed(metadata: str, words: str) -> None:
+    """Nothing else runs while it is parsed: what no batch needs is counted, and not parsed."""
+    header = '{"images":{"dtype":"U8","shape":[1,1,1,3],"data_offsets":[0,3]},"__metadata__":' + metadata + "}"
+    with pytest.raises(BodyMalformed, match=words):
+        decode_batch(safetensors_of(header.encode(), b"abc"), LIMITS)
 
 
 def test_a_body_of_wrong_items_costs_no_more_than_its_size() -> None:
