@@ -1,5 +1,6 @@
 """The HTTP face of a reward: `POST /score`, `/info`, `/healthz`, `/readyz`, `/metrics`."""
 
+import asyncio
 import contextlib
 import itertools
 import logging
@@ -24,6 +25,9 @@ from services.settings import Settings
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_CHARS = 64
+SURVEY_S = 2.0
+"""How long `/metrics` waits for a Redis that hangs, of the four seconds that Prometheus waits with Compose: an API that
+does not answer in time would be taken for one that is down."""
 PROCESS, REQUESTS = uuid.uuid4().hex[:16], itertools.count(1)
 """What a request without a name is called by: its process and its number there."""
 
@@ -113,8 +117,9 @@ def _route(app: FastAPI) -> None:
     async def metrics() -> Response:
         service: ScoreService = app.state.service
         survey = None
-        with contextlib.suppress(QueueAway):
-            survey = await service.queue.survey()
+        with contextlib.suppress(QueueAway, TimeoutError):
+            async with asyncio.timeout(SURVEY_S):
+                survey = await service.queue.survey()
         return Response(service.metrics.text(survey), media_type=CONTENT_TYPE)
 
 

@@ -111,6 +111,10 @@ SERIES = {
         f"up{{{API.format(1)}}}": ("1x40", "1x40"),
         f'reward_queue_images{{{API.format(1)},state="waiting"}}': ("0x20 stale", "0x40"),
     },
+    "RewardApiDown": {
+        f"up{{{API.format(1)}}}": ("1x20 0x20", "1x20 0x1 1x20"),
+        f'reward_queue_images{{{API.format(1)},state="waiting"}}': ("0x20 stale", "0x40"),
+    },
     "TrainerStalled": {
         'trainer_last_step_timestamp_seconds{namespace="var-grpo",run="mini-bright"}': ("0+60x5 300x35", "0+60x40")
     },

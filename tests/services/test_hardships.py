@@ -95,7 +95,7 @@ def test_a_worker_that_cannot_even_look_at_its_clock_is_ended(start: Start, redi
 
 
 def test_a_frozen_redis_holds_nobody_beyond_a_deadline(start: Start) -> None:
-    """With a key or without: an error when the time is over, and scores again when Redis wakes."""
+    """With a key or without: an error when the time is over, and scores again when Redis wakes; metrics meanwhile."""
     with RedisServer() as redis:
         assert redis.process is not None
         environment = {"REDIS_URL": redis.url, "REWARD_REDIS_TIMEOUT_S": "20"}
@@ -109,6 +109,9 @@ def test_a_frozen_redis_holds_nobody_beyond_a_deadline(start: Start) -> None:
                 answer = post(url, **{HEADER_DEADLINE_MS: "1000"}, **headers)
                 assert answer.status_code == 504, answer.text
                 assert time.monotonic() - started_s < 4
+            told = httpx.get(f"{url}/metrics", timeout=4, trust_env=False).text
+            assert "reward_requests_total" in told
+            assert "reward_queue_images" not in told
         finally:
             redis.process.send_signal(signal.SIGCONT)
         wait_until(lambda: post(url).status_code == 200)

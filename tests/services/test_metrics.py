@@ -1,5 +1,6 @@
 """What Prometheus reads, and that docs/contract.md says what each number means."""
 
+import asyncio
 import re
 
 import httpx
@@ -109,6 +110,17 @@ async def test_nothing_is_said_of_a_queue_that_cannot_be_seen() -> None:
     async with serving(FakeQueue()) as client:
         found = await scrape(client)
     assert {name for name, _ in found if "queue_" in name or "dead" in name or "batch" in name} == set()
+    assert found["reward_images_total", ""] == 0
+
+
+async def test_a_redis_that_hangs_holds_no_metrics_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then, too, the numbers of the process are told: that the queue's are absent is what raises the alert."""
+    monkeypatch.setattr("services.app.SURVEY_S", 0.05)
+    queue = FakeQueue()
+    monkeypatch.setattr(queue, "survey", asyncio.Event().wait)
+    async with serving(queue) as client, asyncio.timeout(5):
+        found = await scrape(client)
+    assert not any("queue_" in name for name, _ in found)
     assert found["reward_images_total", ""] == 0
 
 
