@@ -329,8 +329,10 @@ return {'wait'}
 """
 
 HOLD_ANSWER = """
--- KEYS answer; ARGV owner lease_ms: says that its owner is still at it.
-if redis.call('HGET', KEYS[1], 'owner') == ARGV[1] then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
+-- KEYS answer; ARGV owner lease_ms: says that its owner is still at it; an answer that is there is kept for longer.
+if redis.call('HGET', KEYS[1], 'owner') == ARGV[1] and redis.call('HEXISTS', KEYS[1], 'answer') == 0 then
+  redis.call('PEXPIRE', KEYS[1], ARGV[2])
+end
 """
 
 STORE_ANSWER = """

@@ -1,7 +1,8 @@
 """Idempotency keys: the same key brings the same answer, without scoring again."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 from redis.asyncio import Redis
@@ -107,6 +108,62 @@ async def test_an_answer_outlives_the_loss_of_its_lease(redis: Redis, answers: A
     work.go.set()
     assert await first == b"answer 1"
     assert await answers.once("key", "digest", work, deadline_s=5) == b"answer 1"
+
+
+@contextlib.asynccontextmanager
+async def hanging(redis: Redis) -> AsyncIterator[None]:
+    """Redis runs no script meanwhile."""
+    await redis.execute_command("CLIENT", "PAUSE", 30_000, "WRITE")
+    try:
+        yield
+    finally:
+        await redis.execute_command("CLIENT", "UNPAUSE")
+
+
+async def test_an_answer_does_not_wait_for_a_redis_that_hangs(redis: Redis) -> None:
+    """It is given within a second; as soon as Redis wakes it is kept, and nothing is scored again."""
+    answers, work = Answers(redis, KEYS, lease_ms=5000, ttl_s=60), Work()
+    first = asyncio.create_task(answers.once("key", "digest", work, deadline_s=5))
+    await wait_until_async(_calls(work, 1))
+    async with hanging(redis):
+        work.go.set()
+        async with asyncio.timeout(2):
+            assert await first == b"answer 1"
+        repeat = asyncio.create_task(answers.once("key", "digest", work, deadline_s=5))
+    assert await repeat == b"answer 1"
+    assert work.calls == 1
+
+
+async def test_an_error_does_not_wait_for_a_redis_that_hangs(redis: Redis) -> None:
+    """It is told within a second; as soon as Redis wakes the key is free for a repeat."""
+    answers = Answers(redis, KEYS, lease_ms=5000, ttl_s=60)
+    at_it, fails = asyncio.Event(), asyncio.Event()
+
+    async def fail() -> bytes:
+        at_it.set()
+        await fails.wait()
+        raise DeadlinePassed
+
+    first = asyncio.create_task(answers.once("key", "digest", fail, deadline_s=5))
+    await at_it.wait()
+    async with hanging(redis):
+        fails.set()
+        async with asyncio.timeout(2):
+            with pytest.raises(DeadlinePassed):
+                await first
+    work = Work()
+    work.go.set()
+    assert await answers.once("key", "digest", work, deadline_s=2) == b"answer 1"
+
+
+async def test_a_late_sign_of_life_leaves_a_kept_answer_alone(redis: Redis, answers: Answers) -> None:
+    """One that was under way when the answer came: it is kept for its own time and not for a lease."""
+    work = Work()
+    work.go.set()
+    await answers.once("key", "digest", work, deadline_s=5)
+    owner = await redis.hget(KEYS.answer("key"), "owner")
+    await answers._hold(keys=[KEYS.answer("key")], args=[owner, 300])
+    assert await redis.pttl(KEYS.answer("key")) > 30_000
 
 
 async def test_waiting_ends_with_the_deadline(answers: Answers) -> None:
