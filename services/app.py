@@ -63,7 +63,8 @@ def create_app(
             app.state.service = ScoreService(reward, settings, queue, group)
             yield
 
-    app = App(title=document["info"]["title"], version=reward.version, lifespan=lifespan)
+    # It would send /score/ on to whatever address the request's Host names.
+    app = App(title=document["info"]["title"], version=reward.version, lifespan=lifespan, redirect_slashes=False)
     _route(app)
     answer_errors_as_problems(app)
     return app

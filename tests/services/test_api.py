@@ -286,7 +286,9 @@ async def test_unknown_paths_and_bugs_are_problems() -> None:
     queue = FakeQueue()
     queue.score = None  # type: ignore[assignment, method-assign]
     async with serving(queue, raises=False) as client:
-        assert_problem(await client.get("/nowhere"), 404, "/nowhere")
+        for path in ("/nowhere", "/info/", "/healthz/"):
+            assert_problem(await client.get(path), 404, path)
+        assert_problem(await client.post("/score/", headers={"Host": "elsewhere.test"}), 404, "/score/")
         assert_problem(await client.get("/score"), 405, "GET /score")
         assert_problem(await client.post("/info"), 405, "POST /info")
         answer = await client.post("/score", content=encode_batch(IMAGES), headers=SAFETENSORS)
