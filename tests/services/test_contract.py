@@ -147,6 +147,8 @@ def test_the_bodies_and_headers_of_the_page_are_the_protocols() -> None:
     """No more and no fewer."""
     bodies = [media for cell, _ in table("Bodies of `POST /score`") for media in re.findall("`(.+?)`", cell)]
     assert bodies == list(MEDIA_TYPES)
+    (remedy,) = (row[-1] for row in table("Problems") if row[1] == "`unsupported-media-type`")
+    assert f"one of the {len(MEDIA_TYPES)} above" in remedy
     headers = {header.strip("`").partition(":")[0] for header, *_ in table("Headers")}
     assert headers == {
         "Authorization",
