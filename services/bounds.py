@@ -1,4 +1,6 @@
-"""How much a body holds, counted in its bytes before it is parsed or decoded, which would itself be the harm."""
+"""How much a body holds, counted before it is parsed or decoded, which would itself be the harm."""
+
+import io
 
 from services.protocol import Limits
 
@@ -8,6 +10,8 @@ SCAN_HEADS = (b"\xff\xda\0\x08\x01", b"\xff\xda\0\x0a\x02", b"\xff\xda\0\x0c\x03
 """How a scan of one to four components begins: marker, length, components; decoders take no other. Compressed pixels
 never look like that, and what follows the picture in its file, such as a film, does not by chance."""
 
+MOST_READS = 100_000
+"""Of a picture file: decoders read each part of one up to four times, and a PNG of 64 MiB is written in some 8,000."""
 MARKS = {b'"': "quotation marks", b",": "commas", b"[": "brackets", b"{": "braces"}
 """What begins or parts the values of JSON, of which each takes many times its bytes once parsed."""
 HEADER_ROOM_BYTES = 2**16
@@ -18,6 +22,22 @@ PROMPT_CHAR_BYTES = len(r"\\ud83d\\ude00")
 """The most that encoders make of a character, in a JSON list that is a string of the header."""
 PROMPT_FRAME_BYTES = len(r"\"\", ")
 """What they put around a prompt there."""
+
+
+class TooManyReads(Exception):
+    """A file is cut into more parts than a picture has."""
+
+
+class PictureFile(io.BytesIO):
+    """A picture file whose decoder may read `MOST_READS` times: it keeps a note of each part, however small."""
+
+    _reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._reads += 1
+        if self._reads > MOST_READS:
+            raise TooManyReads
+        return super().read(size)
 
 
 def scans_of(data: bytes) -> int:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import ValidationError
 
-from services.bounds import HEADER_COMMAS, MARKS, MOST_SCANS, has_more_commas, header_bytes, most_marks, scans_of
+from services import bounds
 from services.protocol import Limits, ScoreRequest
 from services.rgb import to_rgb
 
@@ -154,7 +154,7 @@ def decode_batch(body: bytes | bytearray | memoryview, limits: Limits) -> Batch:
         BodyMalformed, BodyTooLarge, ItemInvalid: see the module.
     """
     view = memoryview(body).toreadonly()
-    header, data = _split_safetensors(view, min(HEADER_LIMIT_BYTES, header_bytes(limits)))
+    header, data = _split_safetensors(view, min(HEADER_LIMIT_BYTES, bounds.header_bytes(limits)))
     tensor = header.get(TENSOR_NAME)
     metadata = header.get("__metadata__", {})
     others = set(header) - {TENSOR_NAME, "__metadata__"}
@@ -194,8 +194,8 @@ def decode_json(body: bytes | bytearray, limits: Limits) -> Batch:
     Raises:
         BodyMalformed, BodyTooLarge, ItemInvalid: see the module.
     """
-    most = most_marks(limits)
-    for mark, name in MARKS.items():
+    most = bounds.most_marks(limits)
+    for mark, name in bounds.MARKS.items():
         if (count := body.count(mark)) > most:
             raise BodyTooLarge(f"{count} {name}, limit {most}: send fewer images or shorter prompts")
     try:
@@ -265,11 +265,11 @@ def decode_picture(data: bytes, index: int, limits: Limits, *, room_bytes: int) 
         uint8 (H, W, 3).
 
     Raises:
-        ItemInvalid: not a picture, truncated, animated, or too many pixels or scans.
+        ItemInvalid: not a picture, truncated, animated, or too many pixels, scans or parts.
         BodyTooLarge: the batch's pixels take more than its room.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+        with Image.open(bounds.PictureFile(data), formats=FORMATS) as picture:
             pixels = picture.width * picture.height
             if pixels > limits.max_pixels:
                 raise ItemInvalid(
@@ -283,8 +283,10 @@ def decode_picture(data: bytes, index: int, limits: Limits, *, room_bytes: int) 
                 )
             if picture.format != "MPO" and getattr(picture, "n_frames", 1) != 1:
                 raise ItemInvalid(index, f"image {index} is animated: send a single frame")
-            if picture.format in {"JPEG", "MPO"} and (scans := scans_of(data)) > MOST_SCANS:
-                raise ItemInvalid(index, f"image {index} is a JPEG of {scans} scans, limit {MOST_SCANS}: write it anew")
+            if picture.format in {"JPEG", "MPO"} and (scans := bounds.scans_of(data)) > bounds.MOST_SCANS:
+                raise ItemInvalid(
+                    index, f"image {index} is a JPEG of {scans} scans, limit {bounds.MOST_SCANS}: write it anew"
+                )
             if picture.format == "PNG" and data.rfind(PNG_END) == -1:
                 raise ItemInvalid(index, f"image {index} is cut off before the end of its PNG: send a whole file")
             picture.load()
@@ -296,6 +298,10 @@ def decode_picture(data: bytes, index: int, limits: Limits, *, room_bytes: int) 
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ItemInvalid(
             index, f"image {index} has more than {limits.max_pixels} pixels: send a smaller one"
+        ) from None
+    except bounds.TooManyReads:
+        raise ItemInvalid(
+            index, f"image {index} has more parts than {bounds.MOST_READS} reads take: write it anew"
         ) from None
     except Exception as error:  # noqa: BLE001 - on hostile bytes a decoder fails in any way; all mean the same
         reason = type(error).__name__
@@ -345,12 +351,14 @@ def _split_safetensors(view: memoryview, most_bytes: int) -> tuple[dict[str, Any
         )
     try:
         text = str(view[start : start + length], "utf-8")  # of bytes json would take UTF-16, too
-        has_more = has_more_commas(text, HEADER_COMMAS)
+        has_more = bounds.has_more_commas(text, bounds.HEADER_COMMAS)
         header = None if has_more else json.loads(text)
     except (ValueError, RecursionError):
         raise BodyMalformed("the safetensors header is not JSON: send a whole safetensors file") from None
     if has_more:
-        raise BodyMalformed(f"the safetensors header has more than {HEADER_COMMAS} commas: leave other metadata out")
+        raise BodyMalformed(
+            f"the safetensors header has more than {bounds.HEADER_COMMAS} commas: leave other metadata out"
+        )
     if not isinstance(header, dict):
         raise BodyMalformed("the safetensors header is no JSON object: send a whole safetensors file")
     return header, view[start + length :]
@@ -360,7 +368,7 @@ def _read_prompts(text: object, count: int, limits: Limits) -> list[str] | None:
     """Read the prompts from the metadata of a safetensors file."""
     if text is None:
         return None
-    if isinstance(text, str) and has_more_commas(text, limits.max_images):
+    if isinstance(text, str) and bounds.has_more_commas(text, limits.max_images):
         raise BodyMalformed(f"more prompts than {limits.max_images} images may have: give one for each, or none")
     try:
         prompts = json.loads(text) if isinstance(text, str) else None

@@ -24,6 +24,7 @@ from services.images import (
     BodyTooLarge,
     ItemInvalid,
     decode_batch,
+    decode_file,
     decode_json,
     encode_batch,
     encode_json,
@@ -194,6 +195,24 @@ def test_no_encoder_comes_near_the_bound_on_scans(mode: str) -> None:
     whole = picture(Image.effect_noise((64, 64), 50).convert(mode), "JPEG", progressive=True, quality=100)
     assert 1 < scans_of(whole) <= MOST_SCANS / 5
     assert decode_json(json_body(whole + b"\xff\xda film" * 200), LIMITS).images_HWC[0].shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("whole", "start", "part"),
+    [
+        (picture(Image.new("RGB", (4, 4)), "JPEG"), 2, b"\xff\xef\0\2"),
+        (png(8, 2, 1, 2, 3), 33, png_chunk(b"teSt", b"")),
+        (png(8, 2, 1, 2, 3), 33, png_chunk(b"IDAT", b"")),
+        (png(8, 2, 1, 2, 3), -12, png_chunk(b"teSt", b"")),
+    ],
+    ids=["JPEG", "PNG", "data of a PNG", "end of a PNG"],
+)
+def test_a_picture_of_countless_parts_is_refused(whole: bytes, start: int, part: bytes) -> None:
+    """Of each a decoder keeps a note, many times its size; a thousand of them are fine."""
+    few, many = (whole[:start] + count * part + whole[start:] for count in (1000, 100_000))
+    assert decode_file(few, LIMITS).images_HWC[0].shape[2] == 3
+    with pytest.raises(ItemInvalid, match="image 0 has more parts than 100000 reads take"):
+        decode_file(many, LIMITS)
 
 
 def test_base64_is_checked() -> None:
@@ -407,7 +426,7 @@ def test_the_table_of_treatments_is_tested_row_by_row() -> None:
         "pictures of several sizes",
         "animation",
         "not whole",
-        "too many scans",
+        "too many scans or parts",
         "too many pixels",
     }
     assert set(rows) == {*tested, "anything else"}
