@@ -11,8 +11,9 @@ from services.batching.answers import Answers
 from services.batching.errors import DeadlinePassed, KeyReused, QueueAway
 from services.batching.keys import Keys
 from services.batching.streams import connect
+from services.protocol import ScoreAnswer, Timing
 from tests.services.batching.workbench import KEYS
-from tests.services.conftest import wait_until_async
+from tests.services.conftest import ROOT, wait_until_async
 
 pytestmark = [pytest.mark.redis, pytest.mark.anyio]
 
@@ -164,6 +165,23 @@ async def test_a_late_sign_of_life_leaves_a_kept_answer_alone(redis: Redis, answ
     owner = await redis.hget(KEYS.answer("key"), "owner")
     await answers._hold(keys=[KEYS.answer("key")], args=[owner, 300])
     assert await redis.pttl(KEYS.answer("key")) > 30_000
+
+
+@pytest.mark.parametrize("images", [1, 16, 64, 256])
+async def test_a_kept_answer_takes_no_more_than_the_page_of_settings_says(
+    redis: Redis, answers: Answers, images: int
+) -> None:
+    """Redis needs room for all that are kept at a time: 700 bytes each, and 25 an image."""
+    assert "up to 700 bytes of Redis, and 25 more for each image" in (ROOT / "docs" / "settings.md").read_text("utf-8")
+    scores, timing = [-1.2345678901234567e-05] * images, Timing(queue=12345.678, score=12345.678)
+    answer = ScoreAnswer(scores=scores, reward="brightness", version="1", timing_ms=timing).model_dump_json().encode()
+
+    async def work() -> bytes:
+        return answer
+
+    key = "6d4bd1b2-7e0a-4c1f-9d8e-1f2a3b4c5d6e"
+    await answers.once(key, "d" * 64, work, deadline_s=5)
+    assert await redis.memory_usage(KEYS.answer(key)) <= 700 + 25 * images
 
 
 async def test_waiting_ends_with_the_deadline(answers: Answers) -> None:
