@@ -40,7 +40,7 @@ FEW_SCALES = (1, 2, 3, 4)
 SLOW_D30 = "painting-aesthetic-d30"
 """The d30 recipe of `make test-slow`, which has two of d16 besides; `make test-long` has the rest."""
 LABEL, STEPS, GROUP_SIZE, GRID_ROWS = 499, 2, 2, 4
-ON_THE_CPU = {"run.device": "cpu", "run.dtype": "float32"}
+ON_THE_CPU = {"run.device": "cpu", "run.dtype": "float32", "run.decode_dtype": "float32"}
 IN_BFLOAT16 = {"run.device": "cpu", "rollout.labels": "2", "optim.minibatch": "4"}
 ON_A_GPU = {"rollout.labels": "2", "rollout.group_size": "16", "rollout.chunk": "16", "optim.minibatch": "32"}
 RUN_S = 540.0
