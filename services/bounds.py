@@ -8,7 +8,7 @@ MOST_SCANS = 100
 """Scans of a JPEG, each of which passes over the whole picture again: encoders write 10 in colour, and 18 of CMYK."""
 SCAN_HEADS = (b"\xff\xda\0\x08\x01", b"\xff\xda\0\x0a\x02", b"\xff\xda\0\x0c\x03", b"\xff\xda\0\x0e\x04")
 """How a scan of one to four components begins: marker, length, components; decoders take no other. Compressed pixels
-never look like that, and what follows the picture in its file, such as a film, does not by chance."""
+never look like that. Pictures that follow in the same file, as those of a camera for depth, count; a film does not."""
 
 MOST_READS = 100_000
 """Of a picture file: decoders read each part of one up to four times, and a PNG of 64 MiB is written in some 8,000."""

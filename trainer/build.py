@@ -45,7 +45,7 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
             f"this machine has {torch.cuda.device_count()} GPUs, and no one for its rank {local_rank}; "
             "start as many ranks as there are GPUs"
         )
-    torch.backends.cudnn.allow_tf32 = False  # of float32 that keeps 10 bits: sampling and scoring would differ
+    torch.backends.cudnn.allow_tf32 = False  # TF32 keeps 10 bits: sampling and scoring would differ
     return torch.device("cuda", local_rank)
 
 

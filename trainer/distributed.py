@@ -61,7 +61,7 @@ class Group:
     """The ranks of a run, seen by one of them.
 
     Attributes:
-        launch: names one start of torchrun, over all its restarts; empty without torchrun.
+        launch: names one start of torchrun, over all its restarts; empty for one process without it.
     """
 
     def __init__(self, ranks: Ranks, device: torch.device, *, timeout_s: float) -> None:

@@ -54,9 +54,9 @@ class Interrupt:
     def at_once(self) -> Iterator[None]:
         """Within the block, itself in one of `deferred`, a first signal ends the run at once, as one before does."""
         self._defers = False
-        if self.requested:
-            raise Interrupted
         try:
+            if self.requested:
+                raise Interrupted
             yield
         finally:
             self._defers = True

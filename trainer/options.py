@@ -127,7 +127,7 @@ def read_value(text: str) -> Any:
     value, tokens = yaml.safe_load(text), list(yaml.scan(text))[1:-1]
     is_comment = not tokens and bool(text.strip())
     is_plain = len(tokens) == 1 and isinstance(tokens[0], yaml.ScalarToken) and tokens[0].plain
-    return text if is_comment or (is_plain and isinstance(value, str)) else value
+    return text.strip() if is_comment or (is_plain and isinstance(value, str)) else value
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:

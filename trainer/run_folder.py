@@ -54,10 +54,15 @@ def find_folder(parent: Path, name: str) -> Path | None:
 
 def is_of(folder: Path, name: str) -> bool:
     """Whether a folder may be of a run of that name: `x-2` is of the second run named x, or of one named x-2."""
+    return folder.name == name or _name_in(folder) != folder.name
+
+
+def _name_in(folder: Path) -> str | None:
+    """The name of the run that a folder is of; None where its settings do not say."""
     try:
-        return bool(yaml.safe_load((folder / "config.yaml").read_text("utf-8"))["run"]["name"] == name)
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # said where its settings are needed
-        return True
+        return str(yaml.safe_load((folder / "config.yaml").read_text("utf-8"))["run"]["name"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
 
 
 def open_folder(config: Config, resume: Path | None, launch: str, *, must_resume: bool) -> tuple[Path, Path | None]:
@@ -66,7 +71,8 @@ def open_folder(config: Config, resume: Path | None, launch: str, *, must_resume
     Args:
         config: of the run, with its name.
         resume: the folder of a run or of one of its states; None looks for the latest run of the name.
-        launch: of the group; where torchrun has started it again, the run goes on in the folder that it began in.
+        launch: of the group where torchrun has started it again, and else empty; then the run goes on in the folder
+            that it began in.
         must_resume: whether it is an error that there is nothing to go on from.
 
     Returns:
@@ -75,10 +81,13 @@ def open_folder(config: Config, resume: Path | None, launch: str, *, must_resume
     Raises:
         ConfigError: there is nothing to go on from.
     """
-    begun = [path.parent for path in config.run.dir.glob(f"*/{LAUNCH}") if launch and path.read_text() == launch]
-    if begun:
-        return begun[0], None
     name = str(config.run.name)
+    if launch:
+        began = [resume.parent.parent if resume.parent.name == STATES else resume] if resume is not None else []
+        for folder in (*began, *(config.run.dir.iterdir() if config.run.dir.is_dir() else ())):
+            mark = folder / LAUNCH
+            if mark.is_file() and mark.read_text() == launch and (folder in began or _name_in(folder) in {name, None}):
+                return folder, None
     if resume is not None:
         state = resume if resume.parent.name == STATES else None
         folder = resume if state is None else resume.parent.parent
@@ -114,7 +123,8 @@ def drop_after(folder: Path, step: int) -> None:
         if path.is_file():
             path.unlink()
     for path in (*(folder / "grids").glob("step_*.png"), *(folder / "evaluations").glob("step_*.json")):
-        if int(path.stem.removeprefix("step_")) > step:
+        number = path.stem.removeprefix("step_")
+        if number.isdecimal() and int(number) > step:  # a copy has another name
             path.unlink()
 
 

@@ -5,7 +5,7 @@ import shlex
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,9 @@ class Session:
             last = max(self.states.steps(), default=None)
             if last is not None and last > self.step:
                 drop_end(self.folder)
-            if last != self.step:
-                self._write(self._snapshot)
+            if last == self.step:
+                self._written = self.step
+            self._write(self._snapshot)
             drop_after(self.folder, self.step)
 
     def _take_step(self, log: MetricsLog) -> None:
@@ -141,7 +142,8 @@ class Session:
         """What is due to be looked at after the last step, unless it is there: a run may have been stopped before."""
         run = self.config.run
         if self._evaluates():
-            with self._saved(), self.interrupt.at_once():
+            # The others wait, and stop with the first: whoever of them is told to asks all of them after the next step.
+            with self._saved(), self.interrupt.at_once() if self.group.leads else nullcontext():
                 self._evaluate(self.folder / "evaluations" / f"step_{self.step:06d}.json")
         elif self.step == run.steps or (run.grid_every and self.step % run.grid_every == 0):
             with self.group.together():

@@ -23,7 +23,9 @@ class Ranks(BaseSettings):
     world_size: int = Field(default=1, ge=1, description="processes of the run")
     local_rank: int = Field(default=0, ge=0, description="of this process on its machine: which GPU is its own")
     local_world_size: int = Field(default=1, ge=1, description="processes of the run on this machine")
-    torchelastic_run_id: str = Field(default="", description="set by torchrun, which starts ranks again that failed")
+    torchelastic_run_id: str = Field(
+        default="", description="set by torchrun alone, and so tells whether it started this"
+    )
     torchelastic_restart_count: int = Field(default=0, ge=0, description="how often torchrun started them again")
 
 

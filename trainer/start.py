@@ -57,9 +57,8 @@ def train(config: Config, start: Start, console: Console) -> Path:
         torch.manual_seed(config.run.seed)
         with group.together():
             learner = make_learner(config, group, device)
-            found = (
-                open_folder(config, start.resume, group.launch, must_resume=start.must_resume) if group.leads else None
-            )
+            began = group.launch if ranks.torchelastic_restart_count else ""
+            found = open_folder(config, start.resume, began, must_resume=start.must_resume) if group.leads else None
         folder, state_path = _told(group, found)
         states = Checkpoints(folder / STATES, keep=config.checkpoint.keep, run=config.identity())
         with group.together():

@@ -21,8 +21,8 @@ FIRST_POLL_S, LONGEST_POLL_S = 0.01, 0.25
 """How often a repeat looks whether the first of its kind has been answered."""
 
 SETTLE_S = 0.5
-"""How long a request waits until its answer is kept, or its key given back: a Redis that hangs delays neither an answer
-nor an error by more."""
+"""How long a request waits until its answer is kept, or its key given back: a Redis that hangs delays an answer by no
+more, and an error by as long again for each of two clean-ups of the queue."""
 
 
 class Answers:

@@ -59,7 +59,7 @@ class KeyReused(QueueError):
 def _lacks_descriptor(error: BaseException | None) -> bool:
     """Whether an error comes of this process having as many open files as it may; the client may wrap it."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}:
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -16,6 +16,8 @@ from services.protocol import Problem
 
 ANSWER_LIMIT_BYTES = 8 * 2**20
 CONNECT_LIMIT_S = 10.0
+GRACE_S = 1.0
+"""Beyond `timeout_s`, which goes along as the deadline, so that the service's own word on it arrives and says why."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -91,7 +93,7 @@ class Exchange:
         try:
             # The timeouts of the connection are those of single reads: an answer that drips in would pass them all.
             async with (
-                asyncio.timeout(self._timeout_s),
+                asyncio.timeout(self._timeout_s + GRACE_S),
                 self.http.stream(method, self.url + path, content=content, headers=headers) as answer,
             ):
                 body = await self._read(answer)

@@ -345,7 +345,10 @@ async def _while_wanted(
                 raise ProblemError("client-gone", "the client left")
         return running.result()
     finally:
-        if not running.done():
+        if running.done():
+            if not running.cancelled():
+                running.exception()  # which nobody waits for where the client has left meanwhile
+        else:
             is_wanted = False
             rest = held.pop_all()
             running.add_done_callback(end)

@@ -92,6 +92,21 @@ def test_a_branch_is_added_by_its_gain(dtype: torch.dtype, narrow: torch.dtype, 
     assert max(of_narrow) < (bound if narrow == dtype else 0.003)  # a gain's terms are rounded, and their sum
 
 
+def test_a_gain_that_is_not_trained_keeps_no_branch() -> None:
+    """As with adapters, which train neither it nor what it comes from."""
+    kept: list[tuple[int, ...]] = []
+    x_BLC, branch_BLC = (torch.randn(3, 50, 64, requires_grad=True) for _ in range(2))
+    gain_B1C = torch.randn(3, 1, 64)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor
+    ):
+        y_BLC = gated(x_BLC, branch_BLC, gain_B1C)
+    y_BLC.sum().backward()
+    assert kept == [gain_B1C.shape]
+    assert branch_BLC.grad is not None
+    assert torch.equal(branch_BLC.grad, gain_B1C.expand_as(branch_BLC))
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.002)])
 @pytest.mark.parametrize("has_length", [True, False])
 def test_vectors_are_normalised_as_a_copy_in_float32_would_be(

@@ -25,6 +25,8 @@ from trainer.distributed import Group
 from trainer.evaluation import Evaluator
 from trainer.metrics import Metrics
 from trainer.models.checkpoints import save_var
+from trainer.options import load_config
+from trainer.run_folder import describe, mark, open_folder
 
 pytestmark = pytest.mark.redis
 
@@ -231,6 +233,7 @@ def test_steps_that_were_given_up_leave_nothing(
     assert run_here(recipe, *settings, 4).code == 0
     folder = recipe.parent / "runs" / "tiny"
     (folder / "grids" / ".step_000003.png.1.tmp").touch()
+    (folder / "grids" / "step_000003 (copy).png").touch()
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -242,7 +245,9 @@ def test_steps_that_were_given_up_leave_nothing(
     assert not (folder / "summary.json").exists()
     assert not (folder / "checkpoint").exists()
     assert sorted(path.name for path in (folder / "states").iterdir()) == ["step_00000000", "step_00000001"]
-    assert sorted(path.name for path in (folder / "grids").iterdir()) == ["step_000000.png", "step_000001.png"]
+    assert sorted(path.name for path in (folder / "grids").iterdir()) == [
+        *("step_000000.png", "step_000001.png", "step_000003 (copy).png")
+    ]
     assert not list((folder / "evaluations").iterdir())
     assert run_here(recipe, *settings, 5, "--resume").code == 0
     assert [line["step"] for line in lines(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5]
@@ -256,6 +261,25 @@ def test_a_run_of_another_name_is_not_gone_on_with(run_here: RunHere, recipe: Pa
     assert [run_here(recipe).code, run_here(recipe).code] == [0, 0]
     assert run_here(recipe, "--resume", "--run.steps", 3).code == 0
     assert [done_steps(recipe.parent / "runs" / name) for name in ("tiny", "tiny-2", "tiny-3")] == [2, 2, 3]
+
+
+def test_a_restart_goes_on_in_the_folder_of_its_own_run(tmp_path: Path, recipe: Path) -> None:
+    """One start of torchrun may be of several runs, and `--resume` may name a folder that was moved or renamed."""
+    config = load_config(str(recipe), {"run.name": "one", "run.dir": str(tmp_path / "runs")})
+    folder, _ = open_folder(config, None, "", must_resume=False)
+    mark(folder, "a start")
+    describe(folder, config, torch.device("cpu"))
+    assert open_folder(config, None, "a start", must_resume=False) == (folder, None)
+    other = load_config(str(recipe), {"run.name": "two", "run.dir": str(tmp_path / "runs")})
+    assert open_folder(other, None, "a start", must_resume=False) == (tmp_path / "runs" / "two", None)
+    moved = folder.rename(tmp_path / "elsewhere")
+    state = moved / "states" / "step_00000001"
+    assert open_folder(config, state, "a start", must_resume=True) == (moved, None)
+    state.mkdir(parents=True)
+    assert open_folder(config, state, "", must_resume=True) == (moved, state)
+    named = moved.rename(tmp_path / "runs" / "best")
+    best = load_config(str(recipe), {"run.name": "best", "run.dir": str(tmp_path / "runs")})
+    assert open_folder(best, None, "", must_resume=True) == (named, None)
 
 
 def test_resume_without_a_run_is_one_line(run_here: RunHere, recipe: Path) -> None:

@@ -215,7 +215,7 @@ def test_what_is_done_is_left_alone(bench: Bench, copy: Path, sweep_here: Callab
     ("options", "said"),
     [
         (("--grpo.clip", "0.3"), "grpo.clip was 0.2 and is 0.3"),
-        (("--eval.samples", "5"), "other eval.* settings"),
+        (("--eval.samples", "5"), "eval.samples was 4 and is 5"),
         (("--run.steps", "1"), "2 steps are done, and run.steps is 1"),
     ],
 )

@@ -72,18 +72,21 @@ def gated(x_BLC: Tensor, branch_BLC: Tensor, gain_B1C: Tensor) -> Tensor:
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BLC: Tensor, branch_BLC: Tensor, gain_B1C: Tensor) -> Tensor:
-        ctx.save_for_backward(branch_BLC, gain_B1C)
+        ctx.save_for_backward(branch_BLC if ctx.needs_input_grad[2] else None, gain_B1C)  # with adapters it does not
+        ctx.branch_dtype = branch_BLC.dtype
         return _rounded(torch.addcmul, x_BLC, branch_BLC, gain_B1C, like=x_BLC, dtype=x_BLC.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The stream's is g; d/dbranch = g·gain, and d/dgain = Σ g·branch over tokens, which is summed in float32.
 
         The products g·branch are rounded to the dtype of the branch, as in `_Normalise`.
         """
         branch_BLC, gain_B1C = ctx.saved_tensors
         (gradient_BLC,) = gradients
-        gradient_branch_BLC = _rounded(torch.mul, gradient_BLC, gain_B1C, like=branch_BLC, dtype=branch_BLC.dtype)
+        gradient_branch_BLC = _rounded(torch.mul, gradient_BLC, gain_B1C, like=gradient_BLC, dtype=ctx.branch_dtype)
+        if branch_BLC is None:
+            return gradient_BLC, gradient_branch_BLC, None
         products_BLC = _rounded(torch.mul, gradient_BLC, branch_BLC, like=branch_BLC, dtype=branch_BLC.dtype)
         gradient_gain_B1C = products_BLC.sum(dim=1, keepdim=True, dtype=gradient_BLC.dtype)
         return gradient_BLC, gradient_branch_BLC, gradient_gain_B1C.to(gain_B1C.dtype)

@@ -83,11 +83,11 @@ def reproduce(
         "CPU cores, less what is done already. It can be stopped, and the same command goes on.",
         soft_wrap=True,
     )
-    with Interrupt(console, is_last=ends_process) as interrupt, _hold(folder):
+    with Interrupt(console, is_last=ends_process) as interrupt, _hold(folder) as lock:
         stages.write_renders(folder / stages.RENDERS)
         for stage in stages.programme(folder, seeds, jobs, settings):
             console.rule(escape(stage.title))
-            code = stages.run_stage(stage, interrupt)
+            code = stages.run_stage(stage, interrupt, lock)
             if interrupt.requested or code == EXIT_SUSPENDED:
                 raise Suspended(f"stopped at {stage.title}; what is done is kept: go on with: {command}")
             if code:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from PIL import Image
 
@@ -119,11 +120,20 @@ def write_renders(folder: Path) -> None:
     done.touch()
 
 
-def run_stage(stage: Stage, interrupt: Interrupt) -> int:
-    """Runs a stage as a process of its own, to which a first signal is passed on; returns its exit code."""
+def run_stage(stage: Stage, interrupt: Interrupt, lock: IO[bytes]) -> int:
+    """Runs a stage as a process of its own, to which a first signal is passed on; returns its exit code.
+
+    Args:
+        stage: what is run.
+        interrupt: of this process.
+        lock: of the programme's folder; the stage holds it, too, for it outlives a kill of this process.
+    """
     # In a session of its own, so that Ctrl-C reaches it once, by way of this process.
     process = subprocess.Popen(
-        [sys.executable, "-m", *stage.arguments], stdin=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, "-m", *stage.arguments],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        pass_fds=(lock.fileno(),),
     )
     told = False
     try:
