@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import httpx
 from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from services.batching.keys import Keys
@@ -191,6 +192,10 @@ def _services(role: str, *arguments: str) -> list[str]:
 def left_behind(redis: "Redis", keys: Keys) -> list[str]:
     """What is in the queue, and what would stay for ever; empty once all is done."""
     left = []
+    try:
+        redis.ping()
+    except RedisConnectionError:  # it was killed a moment ago
+        return ["whatever is in a Redis that is not back yet"]
     if count := redis.xlen(keys.jobs):
         left.append(f"{count} entries in {keys.jobs}")
     with contextlib.suppress(RedisError):  # no group yet
