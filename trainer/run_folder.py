@@ -82,15 +82,15 @@ def open_folder(config: Config, resume: Path | None, launch: str, *, must_resume
         ConfigError: there is nothing to go on from.
     """
     name = str(config.run.name)
+    state = resume if resume is not None and resume.parent.name == STATES else None
+    folder = resume if state is None else state.parent.parent
     if launch:
-        began = [resume.parent.parent if resume.parent.name == STATES else resume] if resume is not None else []
-        for folder in (*began, *(config.run.dir.iterdir() if config.run.dir.is_dir() else ())):
-            mark = folder / LAUNCH
-            if mark.is_file() and mark.read_text() == launch and (folder in began or _name_in(folder) in {name, None}):
-                return folder, None
-    if resume is not None:
-        state = resume if resume.parent.name == STATES else None
-        folder = resume if state is None else resume.parent.parent
+        if folder is not None and _is_marked(folder, launch):
+            return folder, None
+        begun = (path.parent for path in config.run.dir.glob(f"*/{LAUNCH}") if _is_marked(path.parent, launch))
+        if (own := next((each for each in begun if _name_in(each) in {name, None}), None)) is not None:
+            return own, None
+    if folder is not None:
         if not any((folder / STATES).glob("*step_*")):
             raise ConfigError(f"--resume {resume}: no run's folder with states; give RUN or RUN/{STATES}/step_…")
         return folder, state
@@ -106,6 +106,11 @@ def mark(folder: Path, launch: str) -> None:
     """Have `open_folder` find a folder that is held, if torchrun starts its run again."""
     if launch:
         write_text(folder / LAUNCH, launch)
+
+
+def _is_marked(folder: Path, launch: str) -> bool:
+    path = folder / LAUNCH
+    return path.is_file() and path.read_text() == launch
 
 
 def drop_end(folder: Path) -> None:
@@ -128,18 +133,24 @@ def drop_after(folder: Path, step: int) -> None:
             path.unlink()
 
 
-def hold(folder: Path) -> IO[bytes]:
-    """Keep a folder for this run alone, for as long as what comes back is open; the system lets go of it at the end.
+def hold(folder: Path, by: str = "run is", option: str = "--run.name") -> IO[bytes]:
+    """Keep a folder for this process alone, as long as what comes back is open; the system lets go of it at the end.
+
+    Args:
+        folder: is made where it is missing.
+        by: what another would be that has it, for the error.
+        option: that would name another folder.
 
     Raises:
-        ConfigError: another run has it.
+        ConfigError: another has it.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     file = (folder / ".lock").open("wb")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise ConfigError(f"{folder}: another run is at work there; wait for it, or give another --run.name") from None
+        raise ConfigError(f"{folder}: another {by} at work there; wait for it, or give another {option}") from None
     except OSError:  # a file system without locks
         pass
     return file

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from redis.asyncio import Redis
@@ -13,16 +13,13 @@ from redis.exceptions import RedisError
 from services.batching import lua
 from services.batching.errors import DeadlinePassed, KeyReused, QueueAway
 from services.batching.keys import Keys
+from services.batching.last_steps import LastSteps
 from services.batching.streams import end
 
 logger = logging.getLogger(__name__)
 
 FIRST_POLL_S, LONGEST_POLL_S = 0.01, 0.25
 """How often a repeat looks whether the first of its kind has been answered."""
-
-SETTLE_S = 0.5
-"""How long a request waits until its answer is kept, or its key given back: a Redis that hangs delays an answer by no
-more, and an error by as long again for each of two clean-ups of the queue."""
 
 
 class Answers:
@@ -45,7 +42,7 @@ class Answers:
         self._keys = keys
         self._lease_ms = lease_ms
         self._ttl_ms = int(1000 * ttl_s)
-        self._settling: set[asyncio.Task[None]] = set()
+        self._last_steps = LastSteps()
         self._claim = redis.register_script(lua.CLAIM_ANSWER)
         self._hold = redis.register_script(lua.HOLD_ANSWER)
         self._store = redis.register_script(lua.STORE_ANSWER)
@@ -100,17 +97,10 @@ class Answers:
         try:
             answer = await work()
         except BaseException:
-            await self._settle(self._give_back(holding, slot, owner))
+            await self._last_steps.do(self._give_back(holding, slot, owner))
             raise
-        await self._settle(self._keep(holding, slot, owner, digest, answer))  # if not kept, it is still right
+        await self._last_steps.do(self._keep(holding, slot, owner, digest, answer))  # if not kept, it is still right
         return answer
-
-    async def _settle(self, step: Coroutine[Any, Any, None]) -> None:
-        """Wait a moment for a last step, which goes on without the caller."""
-        task = asyncio.create_task(step)
-        self._settling.add(task)
-        task.add_done_callback(self._settling.discard)
-        await asyncio.wait([task], timeout=SETTLE_S)
 
     async def _keep(self, holding: asyncio.Task[None], slot: str, owner: str, digest: str, answer: bytes) -> None:
         """Keep an answer, under the lease until it is kept: a repeat waits for it meanwhile, and scores nothing."""

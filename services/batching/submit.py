@@ -9,7 +9,7 @@ import itertools
 import json
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from redis.asyncio import Redis
@@ -21,6 +21,7 @@ from services.batching.calls import Calls
 from services.batching.errors import DeadlinePassed, QueueAway, QueueFull
 from services.batching.jobs import Job, Submitted, collect
 from services.batching.keys import Keys
+from services.batching.last_steps import LastSteps
 from services.batching.streams import GROUP, KEY_TTL_MS, QUEUE_GONE, Reply, end, say_alive, tidy
 from services.batching.survey import Events, Survey
 from services.images import encode_batch
@@ -31,8 +32,6 @@ READ_BLOCK_MS = 1000
 RECONNECT_S = 0.1
 SHARE_AGAIN_S = 60.0
 """How long payloads go through Redis after one that was shared could not be read."""
-CLEAN_UP_S = 0.5
-"""How long a request waits for its own cleaning up."""
 
 
 class SubmitQueue:
@@ -71,7 +70,7 @@ class SubmitQueue:
         self._submitted: dict[str, Submitted] = {}
         self._look_now = asyncio.Event()
         self._away: str | None = None
-        self._cleaning: set[asyncio.Task[None]] = set()
+        self._last_steps = LastSteps()
         self._tasks: list[asyncio.Task[None]] = []
         self._admit = redis.register_script(lua.ADMIT)
         self._withdraw = redis.register_script(lua.WITHDRAW)
@@ -94,8 +93,9 @@ class SubmitQueue:
 
     async def __aexit__(self, *_: object) -> None:
         """Stop listening and remove the reply stream."""
-        for task in (*self._tasks, *self._cleaning):
+        for task in self._tasks:
             await end(task)
+        await self._last_steps.end()
         with contextlib.suppress(RedisError, OSError):
             await self._redis.delete(self._reply_key, self._reply_key + lua.ALIVE)
 
@@ -189,7 +189,7 @@ class SubmitQueue:
             for job in submitted:
                 self._submitted.pop(job.uid, None)
             if left := [job for job in submitted if job.is_sent and not job.reply.done()]:
-                await self._clean_up(self._drop(left))
+                await self._last_steps.do(self._drop(left))
 
     async def _submit_shared(self, submitted: Sequence[Submitted]) -> None:
         """Put all jobs into the stream at once, if there is room: what is shared needs no upload and no reservation."""
@@ -238,15 +238,8 @@ class SubmitQueue:
                 job.on_way = enqueuing
             await asyncio.shield(enqueuing)
         except BaseException:
-            await self._clean_up(self._give_up(member, images, size_bytes, enqueuing))
+            await self._last_steps.do(self._give_up(member, images, size_bytes, enqueuing))
             raise
-
-    async def _clean_up(self, step: Coroutine[Any, Any, None]) -> None:
-        """Do it even if the caller is cancelled; a Redis that hangs holds nobody up, and it goes on without them."""
-        task = asyncio.create_task(step)
-        self._cleaning.add(task)
-        task.add_done_callback(self._cleaning.discard)
-        await asyncio.wait([task], timeout=CLEAN_UP_S)
 
     async def _upload(self, job: Submitted) -> None:
         job.is_sent = True

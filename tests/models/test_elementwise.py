@@ -1,5 +1,7 @@
 """What a block does between its matrix products, beside plain twins in float64."""
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,24 @@ from trainer.models.elementwise import EPS, gated, modulated, normalised
 def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
     """Of each tensor, the norm of its error beside its own."""
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+
+
+def with_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], weight_BLC: Tensor) -> list[Tensor]:
+    """What a function gives, and the gradients of all its inputs by a weighted sum of that."""
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    y_BLC = function(*leaves)
+    y_BLC.backward(weight_BLC.to(y_BLC.dtype))
+    return [y_BLC.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def doubled(*tensors: Tensor) -> list[Tensor]:
+    """The same numbers in float64."""
+    return [tensor.double() for tensor in tensors]
+
+
+def plainly_modulated(x_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
+    """The plain twin of `modulated`."""
+    return layer_norm(x_BLC, x_BLC.shape[-1:], eps=EPS) * (1 + scale_B1C) + shift_B1C
 
 
 @pytest.mark.parametrize(
@@ -26,16 +46,10 @@ def test_adaln_is_a_layer_norm_scaled_and_shifted(dtype: torch.dtype, narrow: to
     generator = torch.Generator().manual_seed(0)
     x_BLC, weight_BLC = (torch.randn(3, 50, 64, generator=generator).to(dtype) for _ in range(2))
     scale_B1C, shift_B1C = (torch.randn(3, 1, 64, generator=generator).to(narrow) for _ in range(2))
-    results: list[list[Tensor]] = []
-    for exactly in (False, True):
-        leaves = [
-            (tensor.double() if exactly else tensor.clone()).requires_grad_()
-            for tensor in (x_BLC, scale_B1C, shift_B1C)
-        ]
-        x, scale, shift = leaves
-        y_BLC = layer_norm(x, (64,), eps=EPS) * (1 + scale) + shift if exactly else modulated(x, scale, shift)
-        y_BLC.backward(weight_BLC.to(y_BLC.dtype))
-        results.append([y_BLC.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+    results = [
+        with_gradients(modulated, [x_BLC, scale_B1C, shift_B1C], weight_BLC),
+        with_gradients(plainly_modulated, doubled(x_BLC, scale_B1C, shift_B1C), weight_BLC),
+    ]
     assert [tensor.dtype for tensor in results[0]] == [dtype, dtype, narrow, narrow]
     value, of_x, *of_narrow = errors(*results)
     assert max(value, of_x) < bound
@@ -47,17 +61,17 @@ def test_under_autocast_adaln_gives_what_a_matrix_product_takes() -> None:
     generator = torch.Generator().manual_seed(0)
     x_BLC, weight_BLC = (torch.randn(3, 50, 64, generator=generator) for _ in range(2))
     scale_B1C, shift_B1C = (torch.randn(3, 1, 64, generator=generator).bfloat16() for _ in range(2))
-    x, scale, shift = (tensor.clone().requires_grad_() for tensor in (x_BLC, scale_B1C, shift_B1C))
-    with torch.autocast("cpu", torch.bfloat16):
-        y_BLC = modulated(x, scale, shift)
-    exact = [tensor.double().requires_grad_() for tensor in (x_BLC, scale_B1C, shift_B1C)]
-    exact_BLC = layer_norm(exact[0], (64,), eps=EPS) * (1 + exact[1]) + exact[2]
-    y_BLC.backward(weight_BLC.bfloat16())
-    exact_BLC.backward(weight_BLC.bfloat16().double())
+    weight_BLC = weight_BLC.bfloat16()
+
+    def under_autocast(*leaves: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return modulated(*leaves)
+
+    y_BLC, *found = with_gradients(under_autocast, [x_BLC, scale_B1C, shift_B1C], weight_BLC)
+    _, *exact = with_gradients(plainly_modulated, doubled(x_BLC, scale_B1C, shift_B1C), weight_BLC)
     assert y_BLC.dtype == torch.bfloat16
     assert y_BLC.equal(modulated(x_BLC, scale_B1C, shift_B1C).bfloat16())
-    found = [leaf.grad for leaf in (x, scale, shift) if leaf.grad is not None]
-    of_x, of_scale, of_shift = errors(found, [leaf.grad for leaf in exact if leaf.grad is not None])
+    of_x, of_scale, of_shift = errors(found, exact)
     assert of_x < 1e-6
     assert max(of_scale, of_shift) < 0.002
 
@@ -76,16 +90,10 @@ def test_a_branch_is_added_by_its_gain(dtype: torch.dtype, narrow: torch.dtype, 
     x_BLC, weight_BLC = (torch.randn(3, 50, 64, generator=generator).to(dtype) for _ in range(2))
     branch_BLC = torch.randn(3, 50, 64, generator=generator).to(narrow)
     gain_B1C = torch.randn(3, 1, 64, generator=generator).to(narrow)
-    results: list[list[Tensor]] = []
-    for exactly in (False, True):
-        leaves = [
-            (tensor.double() if exactly else tensor.clone()).requires_grad_()
-            for tensor in (x_BLC, branch_BLC, gain_B1C)
-        ]
-        x, branch, gain = leaves
-        y_BLC = x + branch * gain if exactly else gated(x, branch, gain)
-        y_BLC.backward(weight_BLC.to(y_BLC.dtype))
-        results.append([y_BLC.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+    results = [
+        with_gradients(gated, [x_BLC, branch_BLC, gain_B1C], weight_BLC),
+        with_gradients(lambda x, branch, gain: x + branch * gain, doubled(x_BLC, branch_BLC, gain_B1C), weight_BLC),
+    ]
     assert [tensor.dtype for tensor in results[0]] == [dtype, dtype, narrow, narrow]
     value, of_x, *of_narrow = errors(*results)
     assert max(value, of_x) < bound

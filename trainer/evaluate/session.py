@@ -8,7 +8,6 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import IO
 
 import torch
 from rich.console import Console
@@ -16,7 +15,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainer.build import choose_device
-from trainer.config import ConfigError
 from trainer.distributed import Group
 from trainer.evaluate.bootstrap import LEVEL, REPLICATES
 from trainer.evaluate.chunks import Chunks, digest_of
@@ -78,7 +76,7 @@ def evaluate(
         with group.together():
             plan = make_plan(options, sampling, columns, device)
             if group.leads:
-                stack.enter_context(_hold(out))
+                stack.enter_context(hold(out, "evaluation is", "--out"))
         services, urls = _start_services(plan, out, group, stack, console)
         try:
             scorers = _open_scorers(plan, options.score_timeout, services, urls, group, stack)
@@ -89,14 +87,6 @@ def evaluate(
             raise
         if group.leads:
             _write(plan, scorers, done, options, command, device, console)
-
-
-def _hold(out: Path) -> IO[bytes]:
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        return hold(out)
-    except ConfigError as error:
-        raise ConfigError(f"{out}: another evaluation is at work there; wait for it, or give another --out") from error
 
 
 def _start_services(

@@ -4,13 +4,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 from rich.console import Console
 from rich.markup import escape
 
 from trainer.command import Parser, command_line, number, run_safely
-from trainer.config import ConfigError
 from trainer.failures import EXIT_SUSPENDED, Suspended
 from trainer.settings import Ranks
 
@@ -71,6 +69,7 @@ def reproduce(
 
     from trainer.interrupt import Interrupt  # noqa: PLC0415
     from trainer.reproduce import document, numbers, plots, stages  # noqa: PLC0415
+    from trainer.run_folder import hold  # noqa: PLC0415
 
     if results is not None:
         document.check(results)
@@ -83,7 +82,7 @@ def reproduce(
         "CPU cores, less what is done already. It can be stopped, and the same command goes on.",
         soft_wrap=True,
     )
-    with Interrupt(console, is_last=ends_process) as interrupt, _hold(folder) as lock:
+    with Interrupt(console, is_last=ends_process) as interrupt, hold(folder, "reproduction is", "--dir") as lock:
         stages.write_renders(folder / stages.RENDERS)
         for stage in stages.programme(folder, seeds, jobs, settings):
             console.rule(escape(stage.title))
@@ -99,19 +98,6 @@ def reproduce(
             plots.draw_all(folder, found, results.parent / "pictures")
             document.write(results, found)
             console.print(escape(f"{results}, {folder / 'report.html'}"), soft_wrap=True)
-
-
-def _hold(folder: Path) -> IO[bytes]:
-    """Keep the programme's folder for this process."""
-    from trainer.run_folder import hold  # noqa: PLC0415
-
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        return hold(folder)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{folder}: another reproduction is at work there; wait for it, or give another --dir"
-        ) from error
 
 
 def _parser() -> Parser:

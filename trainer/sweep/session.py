@@ -1,7 +1,6 @@
 """One call of the command: look, lock, run what is left, sum up after each run."""
 
 from collections.abc import Sequence
-from typing import IO
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +16,8 @@ from trainer.sweep.found import is_done
 from trainer.sweep.jobs import Ended, run_all
 from trainer.sweep.plan import Plan, Run
 from trainer.sweep.table import show, summarise
+
+ANOTHER = "sweep, or a run that it started, is"
 
 
 def sweep(plan: Plan, runs: Sequence[Run], at_once: int, command: str, console: Console, *, ends_process: bool) -> bool:
@@ -38,7 +39,7 @@ def sweep(plan: Plan, runs: Sequence[Run], at_once: int, command: str, console: 
         Suspended: it was told to stop, or a run was held up by what passes; the same command goes on.
     """
     seeds = [run.seed for run in runs]
-    with Interrupt(console, is_last=ends_process) as interrupt, _hold(plan) as lock:
+    with Interrupt(console, is_last=ends_process) as interrupt, hold(plan.folder, ANOTHER, "--dir") as lock:
         left = [run for run in runs if not is_done(run)]
         done = len(runs) - len(left)
         already = f", {done} of them done already" if done else ""
@@ -71,18 +72,6 @@ def check(runs: Sequence[Run]) -> None:
             check_names(run.config)
         except (ConfigError, CheckpointError) as error:
             raise ConfigError(f"point {run.point}: {error}") from error
-
-
-def _hold(plan: Plan) -> IO[bytes]:
-    """Keep the sweep's folder for this process and its runs."""
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        return hold(plan.folder)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{plan.folder}: another sweep, or a run that it started, is at work there; "
-            "wait for it, or give another --dir"
-        ) from error
 
 
 def _report(ended: Sequence[Ended], console: Console) -> None:
